@@ -6,12 +6,12 @@
 __all__ = ['Spec', 'Unit', 'conv', 'widen_shortcut', 'BasicBlock', 'Network', 'CifarResNet', 'build', 'empty', 'to_bytes', 'save',
            'read_spec', 'load']
 
-# %% ../nbs/03_resnet.ipynb #d34e611b
+# %% ../nbs/03_resnet.ipynb #d888c864
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
-import safetensors.torch, torch, torch.nn.functional as F
+import safetensors.torch, torch, torch.fx, torch.nn.functional as F
 from torch import nn
 from . import paper
 from .paper import UserError
@@ -53,7 +53,7 @@ class Unit(NamedTuple):
         "Entries of the state dict that have one column per filter."
         return [f'{r}.weight' for r in self.readers]
 
-# %% ../nbs/03_resnet.ipynb #efe21270
+# %% ../nbs/03_resnet.ipynb #5b1a3946
 def conv(n_in, n_out, size=3, stride=1): return nn.Conv2d(n_in, n_out, size, stride, padding=size // 2, bias=False)
 
 def widen_shortcut(x,             # N×C×H×W
@@ -63,6 +63,8 @@ def widen_shortcut(x,             # N×C×H×W
     "The shortcut without parameters: average pooling, then channels of zeros."
     if stride > 1: x = F.avg_pool2d(x, stride, ceil_mode=True)
     return F.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1])) if channels > x.shape[1] else x
+
+torch.fx.wrap('widen_shortcut')     # to a tracer (folding norms, chapter 09) this is one operation
 
 class BasicBlock(nn.Module):
     "conv-norm-relu-conv-norm, added to the shortcut. `width` is the number of inner filters."

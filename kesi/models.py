@@ -130,26 +130,29 @@ def empty(spec: Spec) -> Network:
     "A network without numbers, on torch's `meta` device: enough to count with."
     with torch.device('meta'): return _BUILDERS[paper.family(spec.arch)](spec)
 
-# %% ../nbs/03_resnet.ipynb #1b83470e
+# %% ../nbs/03_resnet.ipynb #e431203c
 def to_bytes(net: Network) -> bytes:
     "The file's content: weights and, in the metadata, the spec."
     state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-    return safetensors.torch.save(state, {'format': 'kesi-1', 'spec': json.dumps(asdict(net.spec))})
+    return safetensors.torch.save(state, {'kesi': json.dumps({'format': 1, 'spec': asdict(net.spec)})})    # one entry: the order of several is random
 
 def save(net: Network, path) -> Path:
     "Write a network to a file, atomically."
     return write_atomic(path, to_bytes(net))
 
-# %% ../nbs/03_resnet.ipynb #19103709
+# %% ../nbs/03_resnet.ipynb #3d36a013
 def read_spec(path) -> Spec:
     "The spec in a network file, without reading the weights."
     try:
         with safetensors.safe_open(str(path), 'pt') as f: meta = f.metadata() or {}
     except FileNotFoundError: raise UserError(f'there is no file {str(path)!r}') from None
     except (OSError, safetensors.SafetensorError) as e: raise DamagedFile(f'{str(path)!r} is not a network saved by kesi: {e}') from e
-    if meta.get('format') != 'kesi-1': raise DamagedFile(f'{str(path)!r} is not a network saved by kesi (format {meta.get("format")!r} instead of kesi-1)')
-    try: return Spec(**json.loads(meta['spec']))
+    if 'kesi' not in meta: raise DamagedFile(f'{str(path)!r} is not a network saved by kesi: it holds no spec')
+    try:
+        said = json.loads(meta['kesi'])
+        if said['format'] == 1: return Spec(**said['spec'])
     except (KeyError, TypeError, ValueError) as e: raise DamagedFile(f'{str(path)!r} holds no valid spec: {e}') from e
+    raise DamagedFile(f'{str(path)!r} has format {said["format"]!r}; this kesi reads format 1')
 
 def load(path) -> Network:
     "Read a network from a file; in evaluation mode, on the CPU."

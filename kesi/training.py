@@ -6,7 +6,7 @@
 __all__ = ['Training', 'learning_rates', 'momenta', 'cross_entropy', 'optimizer', 'zero_masks', 'keep_zeros', 'predict',
            'evaluate', 'write_checkpoint', 'read_checkpoint', 'fit']
 
-# %% ../nbs/07_lr_restarting.ipynb #a3b815c1
+# %% ../nbs/07_lr_restarting.ipynb #26c097ba
 import copy, hashlib, json, math, time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from .data import Dataset, Loader
 from .models import Network
 from .paper import UserError
 from .pruning import conv_weights, narrow, scatter_state, slice_state, widen
-from .runtime import DamagedFile, Diverged, Runtime, write_atomic
+from .runtime import DamagedFile, Diverged, Runtime, describe, write_atomic
 
 # %% ../nbs/07_lr_restarting.ipynb #3c653285
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class _Padded:
     def outward(self, state): return scatter_state(state, self.units, self.keep, self.wide)
     def result(self): return narrow(self.net, self.keep).cpu().to(memory_format=torch.contiguous_format).eval()
 
-# %% ../nbs/07_lr_restarting.ipynb #5a6a2b54
+# %% ../nbs/07_lr_restarting.ipynb #34dd998a
 def _optimizer_state(opt, net):
     "The optimizer's tensors by kind and parameter name: {'momentum_buffer': {'conv1.weight': …}}."
     kinds = {}
@@ -144,10 +144,14 @@ def _optimizer_state(opt, net):
             if torch.is_tensor(t): kinds.setdefault(kind, {})[n] = t
     return kinds
 
+def _entries(change, state):
+    "Slice or scatter a state; single numbers, such as Adam's step count, stay as they are."
+    return {**state, **change({n: t for n, t in state.items() if t.ndim})}
+
 def _pack(opt, padded):
     "Everything to be kept after an epoch, in true widths, as flat names."
     groups = {'model': padded.net.state_dict(), **_optimizer_state(opt, padded.net)}
-    return {f'{kind}/{n}': t for kind, state in groups.items() for n, t in padded.inward(state).items()}
+    return {f'{kind}/{n}': t for kind, state in groups.items() for n, t in _entries(padded.inward, state).items()}
 
 def _unpack(tensors, opt, padded):
     "Put a checkpoint's tensors back into network and optimizer."
@@ -155,7 +159,7 @@ def _unpack(tensors, opt, padded):
     for name, t in tensors.items(): kind, _, n = name.partition('/'); groups.setdefault(kind, {})[n] = t
     padded.net.load_state_dict(padded.outward(groups.pop('model')))
     for kind, state in groups.items():
-        state = padded.outward(state)
+        state = _entries(padded.outward, state)
         for n, p in padded.net.named_parameters():
             if n in state: opt.state[p][kind] = torch.empty_like(p).copy_(state[n]) if state[n].ndim else state[n].to(p.device)
 
@@ -182,14 +186,16 @@ def _check(record, what):
     raise Diverged(f'{what}: the loss became {record["train_loss"]} in epoch {record["epoch"]} at learning rate {record["lr"]:g}; '
                    'try a lower learning rate, a longer warm-up or float32 precision. The last good epoch is kept.')
 
-# %% ../nbs/07_lr_restarting.ipynb #1a2e2ea0
-def _resume(path, opt, padded, say):
+# %% ../nbs/07_lr_restarting.ipynb #61b46f29
+def _resume(path, opt, padded, here, say):
     "The history up to the checkpoint, whose tensors are put back; an empty history where there is none."
     if path is None or not path.exists(): return []
     try: tensors, record = read_checkpoint(path)
     except DamagedFile as e:
         aside = path.with_name(f'{path.name}.damaged-{time.time_ns()}'); path.rename(aside)
         say(f'{e}; it is set aside as {aside.name}, and this training starts again'); return []
+    other = [f'{n} {record["machine"].get(n)} there, {v} here' for n, v in here.items() if record['machine'].get(n) != v]
+    if other: say(f'going on with {path} from another machine or version ({"; ".join(other)}): the last digits may differ from an uninterrupted run')
     _unpack(tensors, opt, padded)
     return record['history']
 
@@ -208,7 +214,7 @@ def fit(net: Network,                # stays as it is
     with rt.active():
         padded = _Padded(net, rt)
         opt, masks, path = optimizer(training, padded.net), zero_masks(padded.net), checkpoint and Path(checkpoint)
-        history, steps = _resume(path, opt, padded, say), len(train)
+        history, steps, here = _resume(path, opt, padded, describe(rt), say), len(train), describe(rt)
         rates = list(zip(learning_rates(training, steps), momenta(training, steps)))
         run = torch.compile(padded.net) if rt.compile else padded.net
         for epoch in range(len(history), training.epochs):
@@ -217,6 +223,6 @@ def fit(net: Network,                # stays as it is
             test_loss, test_accuracy = evaluate(run, test, rt)
             history.append(dict(epoch=epoch + 1, lr=mine[-1][0], train_loss=loss, train_accuracy=accuracy, test_loss=test_loss, test_accuracy=test_accuracy))
             _check(history[-1], ' '.join(map(str, seed)))
-            if path: write_checkpoint(path, _pack(opt, padded), {'history': history})
+            if path: write_checkpoint(path, _pack(opt, padded), {'history': history, 'machine': here})
             if on_epoch: on_epoch(history[-1])
         return padded.result(), history

@@ -1,0 +1,44 @@
+# Everything happens in a virtual environment beside this file. `make run` and `make test` need Python 3.11 (or newer) and nothing else.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+ENV := OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
+PATHS = PATH="$(CURDIR)/$(BIN):$$PATH"
+NOTEBOOKS = $(shell find nbs -name '*.ipynb' -not -path '*/.*' | sort)
+
+.PHONY: run test soak notebooks docs lab clean
+
+run: .venv/installed        ## the main job: ResNet-20 on digits, 3 seeds, all variants, with a report at the end
+	$(BIN)/kesi_run
+
+test: .venv/developer       ## everything that must hold before a commit
+	$(PATHS) $(BIN)/ruff check kesi tests docs
+	$(PATHS) $(ENV) $(BIN)/nbdev_test --n_workers 2 --do_print
+	$(PATHS) $(ENV) $(BIN)/python -m pytest -q -m "not soak" tests
+
+soak: .venv/developer       ## the long tests: many kills, races, full disks, hundreds of bad inputs
+	$(PATHS) $(ENV) $(BIN)/python -m pytest -q -m soak tests
+
+notebooks: .venv/developer  ## export the package, execute all notebooks in place, clean them, write README.md
+	$(PATHS) $(BIN)/nbdev_export
+	for n in $(NOTEBOOKS); do echo $$n; $(PATHS) $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace $$n || exit 1; done
+	$(PATHS) $(BIN)/nbdev_clean
+	$(BIN)/python docs/readme.py
+
+lab: .venv/developer        ## JupyterLab, opened at the first chapter
+	$(PATHS) $(BIN)/jupyter lab nbs/index.ipynb
+
+clean:                      ## remove what was installed and built; run folders stay
+	rm -rf .venv _docs *.egg-info build
+
+.venv/made:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --upgrade pip
+	touch $@
+
+.venv/installed: .venv/made settings.ini setup.py
+	$(BIN)/pip install -q -e .
+	touch $@
+
+.venv/developer: .venv/made settings.ini setup.py
+	$(BIN)/pip install -q -e '.[dev]'
+	touch $@ .venv/installed

@@ -354,7 +354,7 @@ def _spec_of(state, arch, path):
         if n in state and state[n].shape != t.shape: raise UserError(f'{str(path)!r} does not hold a {arch}: {n} has shape {tuple(state[n].shape)} instead of {tuple(t.shape)}')
     return spec
 
-# %% ../nbs/04_other_networks.ipynb #b886160d
+# %% ../nbs/04_other_networks.ipynb #5741518b
 def from_authors(path,      # a `.pth.tar` file of the paper's authors
                  arch: str, # which network it is said to be, e.g. `resnet56`
                 ) -> Network: # in evaluation mode, on the CPU, float32
@@ -369,6 +369,7 @@ def from_authors(path,      # a `.pth.tar` file of the paper's authors
     spec, cfg = _spec_of(state, arch, path), found.get('cfg')
     if cfg is not None and (not isinstance(cfg, (list, tuple)) or tuple(w for w in cfg if w != 'M') != spec.widths):
         raise DamagedFile(f"{str(path)!r} contradicts itself: its 'cfg' says {cfg}, its tensors have the widths {list(spec.widths)}")
-    net = build(spec)
-    net.load_state_dict(state)
+    net = empty(spec)
+    net.load_state_dict({n: (v.detach().float() if v.is_floating_point() else v).clone() for n, v in state.items()}, assign=True)
+    for p in net.parameters(): p.requires_grad_(True)
     return net.eval()

@@ -137,7 +137,7 @@ def save(net: Network, path) -> Path:
     "Write a network to a file, atomically."
     return write_atomic(path, to_bytes(net))
 
-# %% ../nbs/03_resnet.ipynb #19103709
+# %% ../nbs/03_resnet.ipynb #298accfc
 def read_spec(path) -> Spec:
     "The spec in a network file, without reading the weights."
     try:
@@ -151,7 +151,7 @@ def read_spec(path) -> Spec:
 def load(path) -> Network:
     "Read a network from a file; in evaluation mode, on the CPU."
     net = empty(read_spec(path))
-    try: net.load_state_dict(safetensors.torch.load_file(str(path)), assign=True)
+    try: net.load_state_dict({n: t.clone() for n, t in safetensors.torch.load_file(str(path)).items()}, assign=True)   # copies: aligned in memory, so that not one bit of a result changes
     except (RuntimeError, safetensors.SafetensorError) as e: raise DamagedFile(f'the weights in {str(path)!r} do not fit its spec: {e}') from e
     for p in net.parameters(): p.requires_grad_(True)
     return net.eval()

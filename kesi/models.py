@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Spec', 'Unit', 'conv', 'widen_shortcut', 'BasicBlock', 'Network', 'CifarResNet', 'build', 'empty', 'to_bytes', 'save', 'read_spec', 'load', 'split_widths', 'residual_stage', 'Bottleneck', 'PreResNet', 'WideBlock', 'WideStage', 'WideResNet', 'Vgg', 'ImageBlock', 'ImageResNet', 'pretrained', 'from_authors']
 
-# %% ../nbs/03_resnet.ipynb #d34e611b
+# %% ../nbs/03_resnet.ipynb #d888c864
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
-import safetensors.torch, torch, torch.nn.functional as F
+import safetensors.torch, torch, torch.fx, torch.nn.functional as F
 from torch import nn
 from . import paper
 from .paper import UserError
@@ -52,7 +52,7 @@ class Unit(NamedTuple):
         "Entries of the state dict that have one column per filter."
         return [f'{r}.weight' for r in self.readers]
 
-# %% ../nbs/03_resnet.ipynb #efe21270
+# %% ../nbs/03_resnet.ipynb #5b1a3946
 def conv(n_in, n_out, size=3, stride=1): return nn.Conv2d(n_in, n_out, size, stride, padding=size // 2, bias=False)
 
 def widen_shortcut(x,             # N×C×H×W
@@ -62,6 +62,8 @@ def widen_shortcut(x,             # N×C×H×W
     "The shortcut without parameters: average pooling, then channels of zeros."
     if stride > 1: x = F.avg_pool2d(x, stride, ceil_mode=True)
     return F.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1])) if channels > x.shape[1] else x
+
+torch.fx.wrap('widen_shortcut')     # to a tracer (folding norms, chapter 09) this is one operation
 
 class BasicBlock(nn.Module):
     "conv-norm-relu-conv-norm, added to the shortcut. `width` is the number of inner filters."
@@ -127,26 +129,29 @@ def empty(spec: Spec) -> Network:
     "A network without numbers, on torch's `meta` device: enough to count with."
     with torch.device('meta'): return _BUILDERS[paper.family(spec.arch)](spec)
 
-# %% ../nbs/03_resnet.ipynb #1b83470e
+# %% ../nbs/03_resnet.ipynb #e431203c
 def to_bytes(net: Network) -> bytes:
     "The file's content: weights and, in the metadata, the spec."
     state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-    return safetensors.torch.save(state, {'format': 'kesi-1', 'spec': json.dumps(asdict(net.spec))})
+    return safetensors.torch.save(state, {'kesi': json.dumps({'format': 1, 'spec': asdict(net.spec)})})    # one entry: the order of several is random
 
 def save(net: Network, path) -> Path:
     "Write a network to a file, atomically."
     return write_atomic(path, to_bytes(net))
 
-# %% ../nbs/03_resnet.ipynb #298accfc
+# %% ../nbs/03_resnet.ipynb #c7b2a9bb
 def read_spec(path) -> Spec:
     "The spec in a network file, without reading the weights."
     try:
         with safetensors.safe_open(str(path), 'pt') as f: meta = f.metadata() or {}
     except FileNotFoundError: raise UserError(f'there is no file {str(path)!r}') from None
     except (OSError, safetensors.SafetensorError) as e: raise DamagedFile(f'{str(path)!r} is not a network saved by kesi: {e}') from e
-    if meta.get('format') != 'kesi-1': raise DamagedFile(f'{str(path)!r} is not a network saved by kesi (format {meta.get("format")!r} instead of kesi-1)')
-    try: return Spec(**json.loads(meta['spec']))
+    if 'kesi' not in meta: raise DamagedFile(f'{str(path)!r} is not a network saved by kesi: it holds no spec')
+    try:
+        said = json.loads(meta['kesi'])
+        if said['format'] == 1: return Spec(**said['spec'])
     except (KeyError, TypeError, ValueError) as e: raise DamagedFile(f'{str(path)!r} holds no valid spec: {e}') from e
+    raise DamagedFile(f'{str(path)!r} has format {said["format"]!r}; this kesi reads format 1')
 
 def load(path) -> Network:
     "Read a network from a file; in evaluation mode, on the CPU."

@@ -1,12 +1,13 @@
 "What cannot be pruned or read is refused with a clear error, and no file ever runs code."
 import os, pickle, zipfile
-import numpy as np, pytest, torch
+from urllib.error import URLError
+import numpy as np, pytest, torch, torchvision
 import authors
 from kesi import paper
 from kesi.models import Spec, build, from_authors, load, pretrained, save
 from kesi.paper import UserError
 from kesi.pruning import keep_filters, narrow, prune_filters, prune_weights, rates_for, widen
-from kesi.runtime import DamagedFile
+from kesi.runtime import DamagedFile, KesiError
 
 pytestmark = pytest.mark.filterwarnings('ignore:Detected pickle protocol', 'ignore:Validating sparse tensor')
 
@@ -179,3 +180,21 @@ def test_an_archive_of_something_else(path):
 def test_pretrained_refuses_what_does_not_fit():
     for spec in (Spec('resnet56'), Spec('resnet18', (64,) * 8), Spec('resnet18', in_channels=1)):
         with pytest.raises(UserError, match='ImageNet'): pretrained(spec, state={})
+
+@pytest.mark.parametrize('arch', ('resnet18', 'resnet34'))
+def test_pretrained_asks_torchvision(monkeypatch, arch):
+    asked, theirs = [], torchvision.models.get_model(arch)
+    def answer(self, **options): asked.append((self.url, options)); return theirs.state_dict()
+    monkeypatch.setattr(torchvision.models.WeightsEnum, 'get_state_dict', answer)
+    for classes in (1000, 200):
+        own = pretrained(Spec(arch, num_classes=classes), seed=1)
+        found = own.state_dict()
+        for n, t in theirs.state_dict().items():
+            if classes == 1000 or not n.startswith("fc."): assert torch.equal(found[n], t), n
+    assert own.training and own.fc.weight.shape == (200, 512)
+    assert len(asked) == 2 and f'{arch}-' in asked[0][0] and asked[0][1]['check_hash']
+
+def test_pretrained_without_a_connection(monkeypatch):
+    def answer(self, **options): raise URLError('no route to host')
+    monkeypatch.setattr(torchvision.models.WeightsEnum, 'get_state_dict', answer)
+    with pytest.raises(KesiError, match='cannot get the ImageNet weights from https.*no route to host'): pretrained(Spec('resnet18'))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['l1', 'keep_filters', 'slice_state', 'narrow', 'prune_filters', 'zero_filters', 'scatter_state', 'widen',
-           'conv_weights', 'prune_weights', 'sparsity']
+           'conv_weights', 'prune_weights', 'sparsity', 'cost_of', 'rates_for', 'sensitivity', 'show_sensitivity']
 
 # %% ../nbs/06_l1_pruning.ipynb #80177157
 from dataclasses import replace
@@ -128,3 +128,73 @@ def sparsity(net: nn.Module) -> float:
     "Share of zeros among all convolution weights."
     weights = conv_weights(net).values()
     return 1 - sum(torch.count_nonzero(w).item() for w in weights) / sum(w.numel() for w in weights)
+
+# %% ../nbs/06_l1_pruning.ipynb #815b278f
+import bisect
+from fractions import Fraction
+from .macs import layer_macs
+
+def cost_of(spec: Spec,    # the network before pruning
+            size: int,     # height and width of the image
+            of: str,       # `macs` or `params`
+           ):              # a function: widths → exact count
+    "How the cost of a network follows from its widths."
+    net = build(spec)
+    parts = {f'{n}.weight': v for n, v in layer_macs(net, (spec.in_channels, size, size)).items()} if of == 'macs' else {n: p.numel() for n, p in net.named_parameters()}
+    row = {n: u.width for u in net.units() for n in u.rows}
+    column = {n: u.width for u in net.units() for n in u.columns}
+    def cost(widths):
+        left = [Fraction(w, full) for w, full in zip(widths, spec.widths)] + [1]      # -1: a dimension that no width governs
+        return int(sum(v * left[row.get(n, -1)] * left[column.get(n, -1)] for n, v in parts.items()))
+    return cost
+
+# %% ../nbs/06_l1_pruning.ipynb #00ae0fd3
+def rates_for(arch: str,              # name of a network
+              macs: float | None = None,   # share of the MACs that may be left, in (0, 1); or
+              params: float | None = None, # share of the parameters that may be left
+              iterations: int = 5,    # after how many prunings
+              rates=None,             # the plan to scale: one rate for all, one per stage or one per width; None: the published one
+              size: int | None = None, # height and width of the image; None: 224 for ResNet-18/34, else 32
+              multiple: int = 1,      # round kept widths to a multiple of this
+              **spec,                 # `num_classes`, `in_channels`
+             ) -> tuple[float, ...]:  # rates of one pruning, one per width
+    "The gentlest scaling of a plan that leaves at most a given share of the MACs or of the parameters."
+    of, target = ('macs', macs) if params is None else ('params', params)
+    if (macs is None) == (params is None): raise UserError('give a target: either macs or params')
+    if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target < 1: raise UserError(f'the share of {of} that is left must be a number between 0 and 1; got {target!r}')
+    plan = paper.plan(arch) if rates is None else paper.expand(arch, rates)
+    if max(plan) == 0: raise UserError('a plan of zeros cannot be scaled to a target')
+    whole, size = Spec(arch, **spec), size or (224 if paper.family(arch) == 'imagenet' else 32)
+    cost = cost_of(whole, size, of)
+    scaled = lambda k: tuple(round(r / max(plan) * k / 10_000, 6) for r in plan)      # the largest rate is k / 10,000
+    def left(k):
+        widths = whole.widths
+        for _ in range(iterations): widths = paper.shrink(widths, paper.expand(arch, scaled(k)), multiple)
+        return cost(widths) / cost(whole.widths)
+    def enough(k):
+        try: return left(k) <= target
+        except UserError: return True                       # a layer would be empty
+    k = bisect.bisect_left(range(10_000), True, key=enough)
+    try: left(k)
+    except UserError: raise UserError(f'{iterations} prunings of {arch} by this plan can leave {left(k - 1):.1%} of the {of} at least; {target:.1%} is out of reach') from None
+    return scaled(k)
+
+# %% ../nbs/06_l1_pruning.ipynb #4e0a1fc4
+def sensitivity(net: Network,          # a trained network, stays as it is
+                accuracy,              # function: network → a number
+                rates=(0., .2, .4, .6, .8), # rates to try
+               ) -> dict[int, dict[float, float]]: # stage, from 1 → rate → accuracy
+    "Accuracy after pruning one stage alone, for each stage and rate."
+    stages = len(paper.stages(net.spec.arch))
+    alone = lambda s, r: [r if i == s else 0. for i in range(stages)]
+    return {s + 1: {r: accuracy(prune_filters(net, alone(s, r))) for r in rates} for s in range(stages)}
+
+def show_sensitivity(found, # what `sensitivity` returned
+                     ax=None, # axes to draw on; None: new ones
+                    ):
+    "One line per stage."
+    import matplotlib.pyplot as plt
+    if ax is None: _, ax = plt.subplots(figsize=(6, 3))
+    for s, line in found.items(): ax.plot(line.keys(), line.values(), marker='o', label=f'stage {s}')
+    ax.set(xlabel='share of the filters removed in this stage alone', ylabel='accuracy'); ax.legend()
+    return ax

@@ -11,22 +11,27 @@ from dataclasses import replace
 from . import __version__, paper
 from .paper import UserError
 
-# %% ../nbs/16_cli.ipynb #3454f07b
+# %% ../nbs/16_cli.ipynb #232e79d7
 def _error(message): print(f'error: {" ".join(str(message).split())}', file=sys.stderr)
+
+_NO_MEMORY = ('out of memory', 'not enough memory', 'allocate memory', 'alloc_failed')
 
 def guarded(main, # what to do; gets the parsed arguments
             args):
     "Run a command; exceptions become one line and an exit code."
+    for stream in (sys.stdout, sys.stderr):                  # a terminal that cannot show → or a name shows a replacement
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
     from kesi.runtime import KesiError
     try: main(args); return 0
     except UserError as e: _error(e); return 2
     except KeyboardInterrupt: _error('stopped; run the same command again to go on'); return 130
     except KesiError as e: _error(e); return 1
-    except MemoryError: _error('out of memory; try a smaller batch'); return 1
+    except MemoryError: _error('out of memory; try a smaller batch; run again to go on from the last epoch'); return 1
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 1
+    except OSError as e: _error(f'{e.strerror or e}{": " + repr(str(e.filename)) if e.filename else ""}'); return 1
     except RuntimeError as e:
-        if 'out of memory' not in str(e).lower(): raise
-        _error(f'out of memory; try a smaller batch ({str(e).splitlines()[0]})'); return 1
+        if not any(s in str(e).lower() for s in _NO_MEMORY): raise
+        _error(f'out of memory; try a smaller batch; run again to go on from the last epoch ({str(e).splitlines()[0]})'); return 1
 
 # %% ../nbs/16_cli.ipynb #b2d5c879
 class _Parser(argparse.ArgumentParser):
@@ -88,12 +93,17 @@ def kesi_run(argv=None) -> int: # exit code
     "The command `kesi_run`."
     return guarded(_run, _run_parser().parse_args(argv))
 
-# %% ../nbs/16_cli.ipynb #43c0ceda
+# %% ../nbs/16_cli.ipynb #1596ffad
 def _report(args):
     from kesi import report
+    from kesi.runtime import KesiError
+    failed = []
     for home in report.homes(args.folder):
-        summary = report.write(home)
+        try: summary = report.write(home)
+        except (UserError, KesiError) as e: failed.append(e); continue            # the other reports are drawn all the same
         print(f'{summary["name"]}\n\n{report.table(summary)}\n\nreport: {home/"report.md"}\n')
+    for e in failed[1:]: _error(e)
+    if failed: raise failed[0]
 
 def kesi_report(argv=None) -> int: # exit code
     "The command `kesi_report`."

@@ -6,8 +6,8 @@
 __all__ = ['KesiError', 'DamagedFile', 'Diverged', 'StoreError', 'sync_folder', 'write_atomic', 'write_json', 'sha256', 'digest',
            'locked', 'derive_seed', 'generator', 'Runtime', 'devices', 'has_bfloat16', 'auto', 'describe']
 
-# %% ../nbs/01_runtime.ipynb #5a916787
-import contextlib, hashlib, json, os, platform
+# %% ../nbs/01_runtime.ipynb #47158d10
+import contextlib, errno, hashlib, json, os, platform, time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path

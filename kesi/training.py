@@ -6,9 +6,9 @@
 __all__ = ['Training', 'learning_rates', 'momenta', 'cross_entropy', 'optimizer', 'zero_masks', 'keep_zeros', 'predict',
            'evaluate', 'write_checkpoint', 'read_checkpoint', 'fit']
 
-# %% ../nbs/07_lr_restarting.ipynb #970bf750
+# %% ../nbs/07_lr_restarting.ipynb #34367a86
 import copy, hashlib, json, math, time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 import safetensors.torch, torch, torch.nn.functional as F
 from torch import nn
@@ -188,7 +188,7 @@ def _check(record, what, kept):
     if bad: raise Diverged(f'{what}: {" and ".join(bad)} in epoch {record["epoch"]} at learning rate {record["lr"]:g}; '
                            'try a lower learning rate, a longer warm-up or float32 precision.' + ' The last good epoch is kept.' * kept)
 
-# %% ../nbs/07_lr_restarting.ipynb #d0edf332
+# %% ../nbs/07_lr_restarting.ipynb #8fe5c8e7
 def _identity(net, data, training, seed, rt):
     "Names a training: the start, the images, the settings and the seed."
     start = _fingerprint({n: t.detach().cpu().contiguous() for n, t in net.state_dict().items()}, '')
@@ -197,6 +197,7 @@ def _identity(net, data, training, seed, rt):
 def _set_aside(path, why, say):
     aside = path.with_name(f'{path.name}.damaged-{time.time_ns()}')
     try: path.rename(aside)
+    except FileNotFoundError: return                       # another process was faster
     except OSError as e: raise StoreError(f'{why}; and it cannot be renamed: {e.strerror}') from e
     say(f'{why}; it is set aside as {aside.name}, and this training starts again')
 

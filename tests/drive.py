@@ -1,5 +1,5 @@
 "What the tests of kills and races run in processes of their own: small runs that can be told where to die."
-import errno, functools, json, multiprocessing, os, resource, signal, sys
+import errno, functools, json, multiprocessing, os, resource, signal, stat, sys
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -11,7 +11,7 @@ processes = multiprocessing.get_context('forkserver')
 processes.set_forkserver_preload(['kesi.cli', 'kesi.report', 'drive'])
 RT = Runtime(threads=1)
 SMALL = replace(paper.recipe('digits/resnet8'), seeds=1, iterations=2, epochs=3, retrain_epochs=1, distill_epochs=2, batch=128)
-TINY = replace(SMALL, epochs=2, retrain_epochs=2, batch=16, retrain_batch=32, distill_batch=32)
+TINY = replace(SMALL, iterations=1, epochs=2, retrain_epochs=2, batch=16, retrain_batch=32, distill_batch=32)
 
 @functools.cache
 def blobs(name='blobs', n=64):
@@ -36,13 +36,14 @@ def die_at(n, moment):
     def die(): os.kill(os.getpid(), signal.SIGKILL)
     def moved(how):
         def f(a, b, **kw):
-            count[0] += 1
+            count[0] += moment != 'write'
             if count[0] == n and moment == 'before': die()
             how(a, b, **kw)
             if count[0] == n and moment == 'after': die()
         return f
     def synced(fd):
-        if count[0] == n - 1 and moment == 'write' and os.fstat(fd).st_size > 1: os.truncate(f'/proc/self/fd/{fd}', os.fstat(fd).st_size // 2); die()
+        if moment == 'write' and stat.S_ISREG(os.fstat(fd).st_mode): count[0] += 1
+        if count[0] == n and moment == 'write': os.truncate(f'/proc/self/fd/{fd}', os.fstat(fd).st_size // 2); die()
         fsync_(fd)
     os.replace, os.rename, os.fsync = moved(replace_), moved(rename_), synced
 

@@ -93,7 +93,7 @@ def _digits(name, root):
     mean, std = _statistics(images[train])
     return Dataset('digits', Split(images[train], labels[train]), Split(images[test], labels[test]), tuple('0123456789'), mean, std, flip=False)
 
-# %% ../nbs/02_data.ipynb #3c174d17
+# %% ../nbs/02_data.ipynb #b6f0fbda
 def crop_flip(images,      # uint8, N×C×H×W
               dy,          # N row offsets, from 0 to 2·pad; `pad` leaves the image in place
               dx,          # N column offsets
@@ -101,13 +101,12 @@ def crop_flip(images,      # uint8, N×C×H×W
               pad: int,    # zero pixels added on each side
              ):            # uint8, N×C×H×W
     "Cut a window out of each padded image, and mirror some."
-    n, _, h, w = images.shape
+    n, c, h, w = images.shape
     rows = dy[:, None] + torch.arange(h, device=images.device)
     cols = torch.arange(w, device=images.device).expand(n, w)
     cols = dx[:, None] + torch.where(mirror[:, None], w - 1 - cols, cols)
-    each = torch.arange(n, device=images.device)[:, None, None]
-    padded = F.pad(images, (pad,) * 4).permute(0, 2, 3, 1)
-    return padded[each, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+    at = rows[:, :, None] * (w + 2 * pad) + cols[:, None]           # numbers of the pixels in the padded image, row by row
+    return F.pad(images, (pad,) * 4).flatten(2).gather(2, at.view(n, 1, h * w).expand(n, c, h * w)).view(n, c, h, w)
 
 # %% ../nbs/02_data.ipynb #a584753a
 def _weights(start,       # N, where the boxes begin

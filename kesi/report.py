@@ -6,8 +6,9 @@
 __all__ = ['VARIANTS', 'LABELS', 'CLAIMS', 'COLORS', 'summary', 'paired', 'collect', 'table', 'differences', 'figure', 'plot_run',
            'plot_tradeoff', 'to_markdown', 'write', 'homes']
 
-# %% ../nbs/11_report.ipynb #a2b9e904
+# %% ../nbs/11_report.ipynb #b40e57ab
 import json, math, subprocess
+from io import BytesIO
 from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
@@ -17,7 +18,7 @@ from . import paper
 from .ensemble import accuracy, mean_probabilities
 from .paper import UserError
 from .pipeline import SCHEMA, read_manifest
-from .runtime import KesiError, write_atomic, write_json
+from .runtime import write_atomic, write_json
 
 # %% ../nbs/11_report.ipynb #4e1a7749
 def summary(values) -> dict:
@@ -185,11 +186,10 @@ def plot_tradeoff(report: dict):
     ax.set(xlabel='MACs of one image (millions)' + (', weights that are not zero' if r.method == 'weights' else ''), ylabel='test accuracy (%)'); ax.legend(fontsize=8)
     return fig
 
-# %% ../nbs/11_report.ipynb #43b55a59
+# %% ../nbs/11_report.ipynb #861dcc45
 def _save(fig, path):
     with matplotlib.rc_context({'svg.hashsalt': 'kesi', 'svg.fonttype': 'path'}):
         for kind in ('png', 'svg'):
-            from io import BytesIO
             buffer = BytesIO(); fig.savefig(buffer, format=kind, dpi=150, metadata={'Date': None} if kind == 'svg' else {'Software': None})
             write_atomic(path.with_suffix(f'.{kind}'), buffer.getvalue())
 

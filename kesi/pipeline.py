@@ -19,7 +19,7 @@ from . import __version__, paper
 from .data import Dataset, Loader, hold_out, load
 from .distill import distill
 from .macs import count
-from .models import Network, Spec, build, load as load_network, save
+from .models import Network, Spec, build, load as load_network, pretrained, save
 from .paper import Recipe, UserError
 from .pruning import prune_filters, prune_weights
 from .runtime import DamagedFile, Diverged, KesiError, Runtime, StoreError, auto, describe, digest, locked, sha256, sync_folder, write_atomic, write_json
@@ -100,10 +100,10 @@ class Distill(Stage):
     seed: int
     on: Numerics
 
-# %% ../nbs/10_kesi.ipynb #1c63473b
+# %% ../nbs/10_kesi.ipynb #f9ed4ae6
 @patch
 def compute(self: Baseline, network, data, rt, **kw):
-    net = build(self.spec, self.seed)
+    net = pretrained(self.spec, self.seed) if self.init == 'imagenet' else build(self.spec, self.seed)
     return fit(net, data, self.training, seed=(self.seed, 'baseline'), rt=rt, **kw)
 
 @patch

@@ -19,9 +19,14 @@ def sections() -> dict[str, list[str]]: # caption → pages
     return {'Tutorial': names('[0-9]*.ipynb'), 'Reproduction': names('reproduce/**/*.ipynb'), 'Your own network': names('tutorials/**/*.ipynb'),
             'Reference': [*names('glossary.*'), *names('references.*'), 'api/index']}
 
+def _entry(page): # chapters are shown with their number
+    if not re.match(r'\d', page): return page
+    title = re.search(r'^# (.+)', nbformat.read(NBS/f'{page}.ipynb', 4).cells[0].source, re.M)[1].replace('`', '')
+    return f'{page[:2]} · {title} <{page}>'
+
 def contents() -> str: # Markdown
     "The tables of contents, for the end of the landing page; the side bar shows them."
-    return '\n\n'.join(f'```{{toctree}}\n:hidden:\n:caption: {caption}\n' + '\n'.join(pages) + '\n```' for caption, pages in sections().items() if pages)
+    return '\n\n'.join(f'```{{toctree}}\n:hidden:\n:caption: {caption}\n' + '\n'.join(map(_entry, pages)) + '\n```' for caption, pages in sections().items() if pages)
 
 def _repository():
     config = ConfigParser(delimiters=['='])

@@ -67,7 +67,7 @@ def lay_out():
 def main(args) -> int:
     if '--fresh' in args: shutil.rmtree(ROOT/'_docs', ignore_errors=True)
     lay_out()
-    code = sphinx(['-W', '--keep-going', '-q', '-c', str(HERE), '-d', str(ROOT/'_docs'/'doctrees'), str(SOURCE), str(HTML)])
+    code = sphinx(['-E', '-a', '-W', '--keep-going', '-q', '-c', str(HERE), '-d', str(ROOT/'_docs'/'doctrees'), str(SOURCE), str(HTML)])
     if code == 0: print(f'{(HTML/"index.html").relative_to(ROOT)} is ready')
     return code
 

@@ -12,6 +12,10 @@ def directives(source: str,  # source of a code cell
         if m := _DIRECTIVE.fullmatch(line.strip()): found[m[1]] = m[2].strip().strip('"\'')
     return found, '\n'.join(line for line in lines if not _DIRECTIVE.fullmatch(line.strip())).strip('\n')
 
+def _still(output): # a page has no kernel that could move a slider
+    if 'application/vnd.jupyter.widget-view+json' not in output.get('data', {}): return output
+    return nbformat.v4.new_output('display_data', {'text/markdown': '*The sliders appear here when this notebook runs in JupyterLab: `make lab`.*'})
+
 def read(text: str): # content of an .ipynb file → notebook
     "A notebook without hidden cells and without directives."
     nb, cells = nbformat.reads(text, 4), []
@@ -24,6 +28,7 @@ def read(text: str): # content of an .ipynb file → notebook
                 cell.metadata['tags'] = ['hide-cell' if said.get('code-summary') == 'Solutions' else 'hide-input']
                 name = said.get('code-summary', 'Code')
                 cell.metadata['mystnb'] = {'code_prompt_show': name, 'code_prompt_hide': name}
+            cell.outputs = [_still(o) for o in cell.get('outputs', [])]
         cells.append(cell)
     nb.cells = cells
     nb.metadata['language_info'] = {'name': 'python', 'pygments_lexer': 'ipython3'}

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['guarded', 'chosen', 'listing', 'kesi_run', 'kesi_report']
 
-# %% ../nbs/16_cli.ipynb #ebf732be
+# %% ../nbs/16_cli.ipynb #b4d6b7d3
 import argparse, os, sys
-from dataclasses import replace
 from . import __version__, paper
 from .paper import UserError
 

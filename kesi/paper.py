@@ -309,11 +309,11 @@ def with_settings(r: Recipe,
         values[n.strip()] = (v,) if listed and v is not None and not isinstance(v, (tuple, list)) else v
     return from_dict(values, r)
 
-# %% ../nbs/00_paper.ipynb #fe6e93f3
+# %% ../nbs/00_paper.ipynb #ac9f44bb
 _BY_DATA = {
     'cifar10': {}, 'cifar100': {},
     'tiny_imagenet': dict(init='imagenet', schedule='one-cycle', epochs=25, batch=128, retrain_epochs=25, distill_epochs=25),
-    'digits': dict(epochs=30, retrain_epochs=10, distill_epochs=20),
+    'digits': dict(epochs=16, retrain_epochs=5, retrain_batch=64, distill_epochs=8, distill_batch=64),
     'fashion_mnist': dict(epochs=10, batch=128, retrain_epochs=3, distill_epochs=4),
 }
 _BY_FAMILY = {'wrn': dict(epochs=200, weight_decay=5e-4, milestones=(.3, .6, .8), gamma=.2)}

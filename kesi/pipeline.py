@@ -6,9 +6,9 @@
 __all__ = ['SCHEMA', 'Stage', 'Numerics', 'Baseline', 'Prune', 'Retrain', 'Distill', 'trainings', 'numerics', 'graph', 'lineage',
            'Store', 'read_manifest', 'measure', 'work_of', 'Progress', 'slug', 'run']
 
-# %% ../nbs/10_kesi.ipynb #2a2070e0
+# %% ../nbs/10_kesi.ipynb #dcac6161
 import contextlib, dataclasses, functools, json, os, shutil, time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import ClassVar
@@ -22,7 +22,7 @@ from .macs import count
 from .models import Network, Spec, build, load as load_network, save
 from .paper import Recipe, UserError
 from .pruning import prune_filters, prune_weights
-from .runtime import DamagedFile, KesiError, Runtime, StoreError, auto, describe, digest, locked, sha256, write_atomic, write_json
+from .runtime import DamagedFile, Runtime, StoreError, auto, describe, digest, locked, sha256, write_atomic, write_json
 from .training import Training, fit, predict
 
 # %% ../nbs/10_kesi.ipynb #5bc4a435

@@ -6,8 +6,8 @@
 __all__ = ['KesiError', 'DamagedFile', 'Diverged', 'StoreError', 'write_atomic', 'write_json', 'sha256', 'digest', 'locked',
            'derive_seed', 'generator', 'Runtime', 'devices', 'has_bfloat16', 'auto', 'describe']
 
-# %% ../nbs/01_runtime.ipynb #4350a71e
-import contextlib, dataclasses, hashlib, json, os, platform, tempfile, time
+# %% ../nbs/01_runtime.ipynb #5a916787
+import contextlib, hashlib, json, os, platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path

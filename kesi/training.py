@@ -6,9 +6,9 @@
 __all__ = ['Training', 'learning_rates', 'momenta', 'cross_entropy', 'optimizer', 'zero_masks', 'keep_zeros', 'predict',
            'evaluate', 'write_checkpoint', 'read_checkpoint', 'fit']
 
-# %% ../nbs/07_lr_restarting.ipynb #26c097ba
+# %% ../nbs/07_lr_restarting.ipynb #970bf750
 import copy, hashlib, json, math, time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 import safetensors.torch, torch, torch.nn.functional as F
 from torch import nn

@@ -9,6 +9,7 @@ project, release, copyright = _config['DEFAULT']['lib_name'], _config['DEFAULT']
 extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx.ext.mathjax']
 nb_execution_mode = 'off'                      # pages show the committed outputs
 nb_merge_streams = True
+nb_ipywidgets_js = {}                          # nothing from other hosts; pages show widgets as text
 nb_render_markdown_format = 'myst'             # tables and formulas in computed Markdown
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'deflist']
 myst_heading_anchors = 3

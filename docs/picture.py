@@ -5,7 +5,6 @@
 """
 import json, sys
 from pathlib import Path
-from kesi.report import draw_kesi
 
 NBS = Path(__file__).resolve().parent.parent/'nbs'
 REPORT, PICTURE = NBS/'reproduce'/'results'/'digits.json', NBS/'images'/'kesi.svg'
@@ -14,6 +13,7 @@ def main(args) -> int:
     if not REPORT.exists():
         print(f'{REPORT.name} is not there yet: the picture stays as it is')
         return 0
+    from kesi.report import draw_kesi
     drawn = draw_kesi(json.loads(REPORT.read_text(encoding='utf-8')))
     if '--check' in args:
         same = PICTURE.exists() and PICTURE.read_text(encoding='utf-8') == drawn

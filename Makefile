@@ -22,7 +22,11 @@ notebooks: .venv/developer  ## export the package, execute all notebooks in plac
 	$(PATHS) $(BIN)/nbdev_export
 	for n in $(NOTEBOOKS); do echo $$n; $(PATHS) $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace $$n || exit 1; done
 	$(PATHS) $(BIN)/nbdev_clean
+	$(PATHS) $(BIN)/python docs/picture.py
 	$(BIN)/python docs/readme.py
+
+docs: .venv/docs            ## the site, in _docs/html
+	$(BIN)/python docs/build.py
 
 lab: .venv/developer        ## JupyterLab, opened at the first chapter
 	$(PATHS) $(BIN)/jupyter lab nbs/index.ipynb
@@ -41,4 +45,8 @@ clean:                      ## remove what was installed and built; run folders 
 
 .venv/developer: .venv/made settings.ini setup.py
 	$(BIN)/pip install -q -e '.[dev]'
+	touch $@ .venv/installed
+
+.venv/docs: .venv/made settings.ini setup.py
+	$(BIN)/pip install -q -e '.[docs]'
 	touch $@ .venv/installed

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'LABELS', 'CLAIMS', 'COLORS', 'summary', 'paired', 'collect', 'table', 'differences', 'figure', 'plot_run',
-           'plot_tradeoff', 'to_markdown', 'write', 'homes']
+           'plot_tradeoff', 'draw_kesi', 'to_markdown', 'write', 'homes']
 
-# %% ../nbs/11_report.ipynb #b40e57ab
+# %% ../nbs/11_report.ipynb #4d019eaa
 import json, math, subprocess
+from html import escape
 from io import BytesIO
 from pathlib import Path
 import matplotlib
@@ -187,6 +188,78 @@ def plot_tradeoff(report: dict):
     ax.axhline(np.mean(at('baseline')[1]), color=COLORS['baseline'], ls=':', lw=1.2, label='unpruned')
     ax.set(xlabel='MACs of one image (millions)' + (', weights that are not zero' if r.method == 'weights' else ''), ylabel='test accuracy (%)'); ax.legend(fontsize=8)
     return fig
+
+# %% ../nbs/11_report.ipynb #ff31fb44
+class _Drawing:
+    "The few shapes that a picture needs, collected as SVG."
+    def __init__(self, width, height): self.size, self.parts = (width, height), []
+    def add(self, tag, text=None, **attrs):
+        said = ' '.join(f'{k.replace("_", "-")}="{v if isinstance(v, str) else f"{v:.6g}"}"' for k, v in attrs.items())
+        self.parts.append(f'<{tag} {said}/>' if text is None else f'<{tag} {said}>{escape(text)}</{tag}>')
+    def text(self, x, y, text, size=13, anchor='middle', fill='#222', **kw): self.add('text', text, x=x, y=y, font_size=size, text_anchor=anchor, fill=fill, **kw)
+    def line(self, *points, color='#777', width=1.5, **kw): self.add('polyline', points=' '.join(f'{x:.1f},{y:.1f}' for x, y in points), fill='none', stroke=color, stroke_width=width, **kw)
+    def arrow(self, *points, color='#777'): self.line(*points, color=color, marker_end='url(#tip)')
+    def svg(self, title):
+        w, h = self.size
+        head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" role="img" font-family="system-ui, Segoe UI, Roboto, Helvetica, Arial, sans-serif"><title>{escape(title)}</title>'
+                '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto"><path d="M0,0 L8,4 L0,8 z" fill="#777"/></marker></defs>'
+                f'<rect x="1" y="1" width="{w - 2}" height="{h - 2}" rx="12" fill="#fff" stroke="#ccc"/>')
+        return '\n'.join([head, *self.parts, '</svg>\n'])
+
+def _network(d, arch, widths, x, bottom, color, tallest=76):
+    "A network as one bar per stage, as high as its widest inner layer."
+    per, full = paper.stages(arch), max(paper.full_widths(arch))
+    ends = [sum(per[:i]) for i in range(len(per) + 1)]
+    each = 48 / len(per)
+    for i, (a, b) in enumerate(zip(ends, ends[1:])):
+        h = tallest * sum(widths[a:b]) / (b - a) / full
+        d.add('rect', x=x - 24 + i * each + 1, y=bottom - h, width=each - 2, height=h, rx=2, fill=color)
+
+def _schedule(d, history, x, top, width, color, peak, height=34):
+    "The learning rate of one training, from zero up to `peak`."
+    n = max(1, len(history) - 1)
+    curve = [(x - width / 2 + width * i / n, top + height * (1 - p['lr'] / peak)) for i, p in enumerate(history)]
+    d.line((x - width / 2, top + height), *curve, (x + width / 2, top + height), color='none', opacity='.15', style=f'fill: {color}')
+    d.line(*curve, color=color, width=1.8)
+
+# %% ../nbs/11_report.ipynb #8cc8f178
+def draw_kesi(report: dict, # of a run with the variants `one-cycle` and `kesi`
+             ) -> str:      # SVG
+    "The method in one picture, with the numbers of a report."
+    r, seeds = paper.from_dict(report['recipe']), report['seeds']
+    names = ['baseline'] + [f'one-cycle {i}' for i in range(1, r.iterations + 1)]
+    if not all(n in s['stages'] for s in seeds for n in [*names, 'kesi']): raise UserError(f'the picture needs the variants one-cycle and kesi; {report["name"]} was run without')
+    kind = 'nonzero_params' if r.method == 'weights' else 'params'
+    mean = lambda n, of='accuracy': float(np.mean([(s['ensemble'] if n == 'ensemble' else s['stages'][n])[of] for s in seeds]))
+    size = lambda n: f'{v / 1e6:.2f} M' if (v := mean(n, kind)) >= 1e6 else f'{v / 1e3:.0f} k'
+    history = lambda n: seeds[0]['stages'][n]['history']
+    peak = max(p['lr'] for n in names for p in history(n))
+    columns, step = len(names), max(104, 640 / len(names))
+    d, w, mid = _Drawing(round(step * columns + 40), 470), step * columns + 40, lambda i: 20 + step * (i + .5)
+    d.text(24, 34, 'KESI in one picture', 19, 'start', font_weight='bold')
+    d.text(w - 24, 34, f'{r.arch} on {r.data} · mean of {len(seeds)} seed{"s" * (len(seeds) > 1)}', 14, 'end', '#555')
+    for i, n in enumerate(names):
+        color = COLORS['one-cycle' if i else 'baseline']
+        _schedule(d, history(n), mid(i), 56, step - 34, color, peak)
+        _network(d, r.arch, r.widths(i), mid(i), 184, color)
+        d.text(mid(i), 204, 'prune, restart' if i else 'train', 13, fill='#555')
+        d.text(mid(i), 227, f'{mean(n):.1%}', 18, font_weight='bold')
+        d.text(mid(i), 246, size(n), 14, fill='#555')
+        if i: d.arrow((mid(i - 1) + 30, 165), (mid(i) - 30, 165))
+        d.line((mid(i), 255), (mid(i), 282), color=COLORS['ensemble'], width=2)
+    d.text(24, 104, 'learning rate', 11, 'start', '#777', font_style='italic')
+    d.add('rect', x=24, y=282, width=w - 48, height=40, rx=8, fill='#fdf3de', stroke=COLORS['ensemble'], stroke_width=1.5)
+    d.text(w / 2, 308, f'ensemble of all {columns} snapshots: {mean("ensemble"):.1%}', 17, font_weight='bold')
+    x = mid(columns - 1)
+    d.arrow((x, 322), (x, 362))
+    d.text(x - 12, 348, f'distil at temperature {r.temperature:g}', 14, 'end', '#555')
+    _network(d, r.arch, r.widths(r.iterations), x, 448, COLORS['kesi'])
+    d.text(x - 46, 398, f'KESI: {mean("kesi"):.1%}', 22, 'end', COLORS['kesi'], font_weight='bold')
+    saved = 1 - mean('kesi', kind) / mean('baseline', kind)
+    d.text(x - 46, 421, f'{size("kesi")} parameters{" that are not zero" * (r.method == "weights")}, {saved:.0%} fewer', 14, 'end', '#555')
+    if all(f'pfec {r.iterations}' in s['stages'] for s in seeds):
+        d.text(x - 46, 446, f'as small, small fixed learning rate: {mean(f"pfec {r.iterations}"):.1%}', 14, 'end', COLORS['pfec'])
+    return d.svg(f'KESI on {report["name"]}: from {mean("baseline"):.1%} with {size("baseline")} parameters to {mean("kesi"):.1%} with {size("kesi")}')
 
 # %% ../nbs/11_report.ipynb #861dcc45
 def _save(fig, path):

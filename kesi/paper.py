@@ -260,7 +260,7 @@ def budget(self: Recipe,
            share: float, # factor for all epoch counts, above 0
           ) -> Recipe:   # the same recipe with fewer (or more) epochs, at least one each
     "Shrink (or stretch) all epoch counts in proportion."
-    if not _is_number(share) or share <= 0: raise UserError(f'a budget must be a number above 0; got {share!r}')
+    if not _is_number(share) or not 0 < share <= 1e6: raise UserError(f'a budget must be a number above 0 (and at most a million); got {share!r}')
     return dataclasses.replace(self, **{n: max(1, round(getattr(self, n) * share)) for n in ('epochs', 'retrain_epochs', 'distill_epochs')})
 
 # %% ../nbs/00_paper.ipynb #df848097

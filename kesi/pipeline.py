@@ -6,8 +6,8 @@
 __all__ = ['SCHEMA', 'Stage', 'Numerics', 'Baseline', 'Prune', 'Retrain', 'Distill', 'trainings', 'numerics', 'graph', 'lineage',
            'Store', 'read_manifest', 'measure', 'work_of', 'Progress', 'slug', 'run']
 
-# %% ../nbs/10_kesi.ipynb #dcac6161
-import contextlib, dataclasses, functools, json, os, shutil, time
+# %% ../nbs/10_kesi.ipynb #569cf239
+import contextlib, dataclasses, errno, functools, json, math, os, shutil, time
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,10 +19,10 @@ from . import __version__, paper
 from .data import Dataset, Loader, hold_out, load
 from .distill import distill
 from .macs import count
-from .models import Network, Spec, build, load as load_network, save
+from .models import Network, Spec, build, load as load_network, pretrained, save
 from .paper import Recipe, UserError
 from .pruning import prune_filters, prune_weights
-from .runtime import DamagedFile, Runtime, StoreError, auto, describe, digest, locked, sha256, write_atomic, write_json
+from .runtime import DamagedFile, Diverged, KesiError, Runtime, StoreError, auto, describe, digest, locked, sha256, sync_folder, write_atomic, write_json
 from .training import Training, fit, predict
 
 # %% ../nbs/10_kesi.ipynb #5bc4a435
@@ -100,10 +100,10 @@ class Distill(Stage):
     seed: int
     on: Numerics
 
-# %% ../nbs/10_kesi.ipynb #1c63473b
+# %% ../nbs/10_kesi.ipynb #f9ed4ae6
 @patch
 def compute(self: Baseline, network, data, rt, **kw):
-    net = build(self.spec, self.seed)
+    net = pretrained(self.spec, self.seed) if self.init == 'imagenet' else build(self.spec, self.seed)
     return fit(net, data, self.training, seed=(self.seed, 'baseline'), rt=rt, **kw)
 
 @patch
@@ -161,7 +161,7 @@ def lineage(stages) -> list[Stage]:
     for s in stages: visit(s)
     return list(found.values())
 
-# %% ../nbs/10_kesi.ipynb #c8c9d7fe
+# %% ../nbs/10_kesi.ipynb #a06c14dc
 SCHEMA = 1
 _FILES = ('model.safetensors', 'history.json', 'predictions.safetensors')
 
@@ -170,42 +170,60 @@ class Store:
     def __init__(self, root, # the folder; made where it is missing
                  say=print):  # called with one line when something deserves to be said
         self.root, self.say, self._seen = Path(root), say, {}
-        mark = self.root/'store.json'
-        try:
-            if not mark.exists(): write_json(mark, {'schema': SCHEMA, 'what': 'a run folder of kesi'})
-            schema = json.loads(mark.read_text()).get('schema')
-        except (StoreError, OSError, ValueError, AttributeError) as e: raise UserError(f'{str(root)!r} cannot be used as a run folder: {e}') from e
+        try: schema = self._schema(self.root/'store.json')
+        except (OSError, StoreError, ValueError) as e:
+            if getattr(e.__cause__ or e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO): raise StoreError(f'cannot write into {str(root)!r}: {e}') from e
+            raise UserError(f'{str(root)!r} cannot be used as a run folder: {e}') from e
         if schema != SCHEMA: raise UserError(f'{str(root)!r} is a run folder of another version of kesi (schema {schema}; this one reads and writes {SCHEMA}); choose another folder with --out')
+
+    def _schema(self, mark):
+        "The schema that the folder's mark names; a new mark where there is none, or none that can be read."
+        if mark.exists():
+            try: return json.loads(mark.read_text(encoding='utf-8')).get('schema')
+            except (ValueError, AttributeError, RecursionError, IsADirectoryError): self.set_aside(mark, f'{str(mark)!r} is not readable')
+        write_json(mark, {'schema': SCHEMA, 'what': 'a run folder of kesi'})
+        return SCHEMA
 
     def path(self, stage) -> Path: return self.root/stage.folder
     def work(self, stage) -> Path: return self.root/f'.{stage.folder}.partial'
 
-# %% ../nbs/10_kesi.ipynb #cd42644d
+    def set_aside(self, path, why):
+        "Move a file or folder into `damaged`; nothing of it is lost."
+        aside = self.root/'damaged'/f'{path.name.lstrip(".")}-{time.time_ns()}'
+        try: aside.parent.mkdir(exist_ok=True); os.rename(path, aside)
+        except FileNotFoundError: return                       # somebody else was faster
+        except OSError as e: raise StoreError(f'{why}; and it cannot be moved to {str(aside)!r}: {e.strerror}') from e
+        self.say(f'{why}; it is set aside in {aside} and made again')
+
+# %% ../nbs/10_kesi.ipynb #2ce2ec14
 def read_manifest(folder) -> dict:
     "A stage's manifest after checking it and every file that it names; `DamagedFile` where something is wrong."
     folder = Path(folder)
     try: m = json.loads((folder/'manifest.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise DamagedFile(f'{str(folder)!r} has no readable manifest: {e}') from e
+    except (OSError, ValueError, RecursionError) as e: raise DamagedFile(f'{str(folder)!r} has no readable manifest: {e}') from e
     if not isinstance(m, dict) or not isinstance(m.get('schema'), int): raise DamagedFile(f'{str(folder)!r}: the manifest is not one of kesi')
-    if m['schema'] > SCHEMA: raise StoreError(f'{str(folder)!r} was written by a newer kesi (schema {m["schema"]}; this one reads up to {SCHEMA}); update kesi or choose another folder with --out')
-    if m.get('sha256') != digest({k: v for k, v in m.items() if k != 'sha256'}, 64): raise DamagedFile(f'{str(folder)!r}: the manifest does not match its own checksum')
+    if m['schema'] > SCHEMA: raise StoreError(f'{str(folder)!r} was written by a newer kesi (schema {m["schema"]}; this one reads up to {SCHEMA}); update kesi, choose another folder with --out, or move this one away')
+    try: own = digest({k: v for k, v in m.items() if k != 'sha256'}, 64)
+    except UserError: own = None
+    if m.get('sha256') != own: raise DamagedFile(f'{str(folder)!r}: the manifest does not match its own checksum')
+    if not isinstance(m.get('files'), dict) or not set(_FILES) <= set(m['files']): raise DamagedFile(f'{str(folder)!r}: the manifest is not complete')
     for name, sum_ in m['files'].items():
         if sha256(folder/name) != sum_: raise DamagedFile(f'{str(folder/name)!r} does not match its checksum')
+    if folder.name != f'{m["kind"]}-{m["key"]}': raise DamagedFile(f'{str(folder)!r} holds another stage, {m["kind"]}-{m["key"]}; was it renamed?')
     return m
 
 @patch
-def manifest(self: Store, stage) -> dict | None:
-    "The verified manifest of a stage; None if it is not there. A damaged stage is named, set aside and reported as not there."
+def manifest(self: Store, stage,
+             mend: bool = True,  # set a damaged stage aside?
+            ) -> dict | None:    # None if the stage is not there, or damaged
+    "The verified manifest of a stage. A damaged stage is named, set aside and reported as not there."
     path = self.path(stage)
-    if stage.key in self._seen and path.exists(): return self._seen[stage.key]
-    if not path.exists(): return None
-    try: m = read_manifest(path)
+    if not os.path.lexists(path): return None
+    if stage.key in self._seen: return self._seen[stage.key]
+    try: m = self._seen[stage.key] = read_manifest(path)
     except DamagedFile as e:
-        aside = self.root/'damaged'/f'{stage.folder}-{time.time_ns()}'
-        aside.parent.mkdir(exist_ok=True); os.replace(path, aside)
-        self.say(f'{e}; it is set aside in {aside} and computed again'); return None
-    if m['key'] != stage.key: raise StoreError(f'{str(path)!r} holds stage {m["key"]}; folders of a store must not be renamed')
-    self._seen[stage.key] = m
+        if mend: self.set_aside(path, str(e))
+        return None
     return m
 
 @patch
@@ -213,33 +231,50 @@ def network(self: Store, stage) -> Network:
     "The network of a finished stage."
     return load_network(self.path(stage)/'model.safetensors')
 
-# %% ../nbs/10_kesi.ipynb #40394c2a
+# %% ../nbs/10_kesi.ipynb #e54fbb92
 def measure(net: Network, data: Dataset, rt: Runtime) -> tuple[dict, dict]:
     "What a manifest says about a network, and its logits on the test split with the labels."
     z = predict(rt.place(net), Loader(data, data.test, 500, rt), rt).float().cpu()
     y = data.test.labels
     metrics = {'accuracy': (z.argmax(1) == y).double().mean().item(), 'loss': torch.nn.functional.cross_entropy(z, y).item(), **dataclasses.asdict(count(net, data.size))}
+    if not math.isfinite(metrics['loss']): raise Diverged(f'the test loss of the finished network is {metrics["loss"]}; try a lower learning rate or float32 precision')
     return metrics, {'logits': z, 'labels': y}
+
+def _fill(folder, stage, net, history, data, rt, seconds):
+    "Write a stage's files into a folder, the manifest last."
+    save(net, folder/'model.safetensors'); write_json(folder/'history.json', history)
+    metrics, predictions = measure(net, data, rt)
+    write_atomic(folder/'predictions.safetensors', safetensors.torch.save(predictions))
+    m = {'schema': SCHEMA, 'kind': stage.kind, 'key': stage.key, 'stage': stage.described(), 'parents': [p.key for p in stage.parents], 'metrics': metrics,
+         'files': {n: sha256(folder/n) for n in _FILES}, 'data': data.name, 'machine': describe(rt), 'seconds': round(seconds, 3), 'kesi': __version__,
+         'finished': datetime.now(timezone.utc).isoformat(timespec='seconds')}
+    write_json(folder/'manifest.json', {**m, 'sha256': digest(m, 64)})
 
 @patch
 def finish(self: Store, stage, net, history, data, rt, seconds):
-    "Write a stage's files into its working folder and make it appear."
-    work = self.work(stage)
-    save(net, work/'model.safetensors'); write_json(work/'history.json', history)
-    metrics, predictions = measure(net, data, rt)
-    write_atomic(work/'predictions.safetensors', safetensors.torch.save(predictions))
-    m = {'schema': SCHEMA, 'kind': stage.kind, 'key': stage.key, 'stage': stage.described(), 'parents': [p.key for p in stage.parents], 'metrics': metrics,
-         'files': {n: sha256(work/n) for n in _FILES}, 'data': data.name, 'machine': describe(rt), 'seconds': round(seconds, 3), 'kesi': __version__,
-         'finished': datetime.now(timezone.utc).isoformat(timespec='seconds')}
-    write_json(work/'manifest.json', {**m, 'sha256': digest(m, 64)})
-    try: os.rename(work, self.path(stage))
-    except OSError as e:
-        if not self.path(stage).exists(): raise StoreError(f'cannot finish {str(self.path(stage))!r}: {e.strerror}') from e
-        shutil.rmtree(work, ignore_errors=True)      # somebody else finished the same stage; its content is the same
-    self.manifest(stage)
-    (self.path(stage)/'checkpoint.safetensors').unlink(missing_ok=True)
+    "Write a stage's files into a folder of our own, and make it appear under the stage's name."
+    new = self.root/f'.{stage.folder}.{os.getpid()}-{os.urandom(4).hex()}.new'
+    try:
+        _fill(new, stage, net, history, data, rt, seconds)
+        os.rename(new, self.path(stage))
+    except (OSError, KesiError) as e:
+        shutil.rmtree(new, ignore_errors=True)
+        if self.manifest(stage): return                  # somebody else finished the same stage; its content is the same
+        if isinstance(e, OSError): raise StoreError(f'cannot finish {str(self.path(stage))!r}: {e.strerror}') from e
+        raise
+    sync_folder(self.root)
 
-# %% ../nbs/10_kesi.ipynb #4a4832b9
+@patch
+def tidy(self: Store, stage):
+    "Remove what computing a finished stage left behind; what was set aside stays."
+    for new in self.root.glob(f'.{stage.folder}.*.new'): shutil.rmtree(new, ignore_errors=True)
+    work = self.work(stage)
+    with contextlib.suppress(OSError):
+        (work/'checkpoint.safetensors').unlink(missing_ok=True)
+        for t in work.glob('.*.tmp'): t.unlink()
+        work.rmdir()
+
+# %% ../nbs/10_kesi.ipynb #7957592c
 @patch
 def ensure(self: Store,
            stage: Stage,        # what is wanted
@@ -249,18 +284,24 @@ def ensure(self: Store,
            on_stage=None,       # called with (stage, manifest) after a stage was computed
           ) -> dict:            # the stage's manifest
     "Have a stage finished, computing whatever is missing."
-    if m := self.manifest(stage): return m
-    for p in stage.parents: self.ensure(p, data, rt, on_epoch, on_stage)
+    if (m := self.manifest(stage, mend=False)) and not self.work(stage).exists(): return m
+    if not m:
+        for p in stage.parents: self.ensure(p, data, rt, on_epoch, on_stage)
     with locked(self.root/'.locks'/f'{stage.folder}.lock', stage.folder, self.say):
-        if m := self.manifest(stage): return m          # finished by somebody else while we waited
-        work, begun = self.work(stage), time.perf_counter()
-        with contextlib.suppress(FileExistsError): work.mkdir(parents=True)
-        net, history = stage.compute(self.network, data, rt, **({} if stage.kind == 'prune' else
-            dict(checkpoint=work/'checkpoint.safetensors', on_epoch=on_epoch and functools.partial(on_epoch, stage), say=self.say)))
-        self.finish(stage, net, history, data, rt, time.perf_counter() - begun)
-    m = self.manifest(stage)
-    if on_stage: on_stage(stage, m)
+        m, computed = self.manifest(stage), False
+        if not m: self._compute(stage, data, rt, on_epoch); m, computed = self.manifest(stage), True
+        self.tidy(stage)
+    if not m: raise DamagedFile(f'{str(self.path(stage))!r} was damaged as soon as it was written; is the disk sound, or did another program write there?')
+    if computed and on_stage: on_stage(stage, m)
     return m
+
+@patch
+def _compute(self: Store, stage, data, rt, on_epoch):
+    work, begun = self.work(stage), time.perf_counter()
+    if work.exists() and not work.is_dir(): self.set_aside(work, f'{str(work)!r} is no folder')
+    how = {} if stage.kind == 'prune' else dict(checkpoint=work/'checkpoint.safetensors', on_epoch=on_epoch and functools.partial(on_epoch, stage), say=self.say)
+    try: self.finish(stage, *stage.compute(self.network, data, rt, **how), data, rt, time.perf_counter() - begun)
+    except Diverged as e: raise Diverged(f'{stage.folder}: {e}') from e
 
 # %% ../nbs/10_kesi.ipynb #a07f201c
 @functools.lru_cache(maxsize=None)
@@ -300,7 +341,7 @@ class Progress:
         if stage.key in self.names and self.say:
             self.bar.clear(); self.say(f'{self.names[stage.key][0]}: test accuracy {m["metrics"]["accuracy"]:.2%}, {m["metrics"]["params"]:,} parameters · {self.left()}')
 
-# %% ../nbs/10_kesi.ipynb #86114cfa
+# %% ../nbs/10_kesi.ipynb #d61489d2
 def slug(r: Recipe) -> str:
     "The recipe's name in the report folder; recipes with other settings than the published ones get a digest behind it."
     usual, apart = dataclasses.asdict(paper.recipe(r.name)), ('seeds', 'variants', 'method')
@@ -326,6 +367,7 @@ def run(recipe: Recipe | str,        # a recipe, or the name of one
     try:
         write_json(home/'run.json', record)
         for stages in seeds:
-            for stage in stages.values(): store.ensure(stage, data, rt, progress.epoch, progress.stage)
+            for stage in lineage(stages.values()): store.ensure(stage, data, rt, progress.epoch, progress.stage)
+        write_json(home/'run.json', record)              # once more: a run with other seeds or variants may have noted its own meanwhile
     finally: progress.bar.close()
     return home

@@ -82,17 +82,19 @@ def _commit():
     try: return subprocess.run(['git', '-C', str(Path(__file__).parent), 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError, NameError): return None
 
-# %% ../nbs/11_report.ipynb #6e220ae6
+# %% ../nbs/11_report.ipynb #90af0421
 def collect(home, # folder of a recipe's report, with `run.json` in it
            ) -> dict: # the report as one JSON value
     "Everything that is known about a run, from its folders."
     home = Path(home)
     try: record = json.loads((home/'run.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise UserError(f'{str(home)!r} holds no run: {e}') from e
-    if record.get('schema') != SCHEMA: raise UserError(f'{str(home)!r} was written by another version of kesi (schema {record.get("schema")}; this one reads {SCHEMA})')
+    except (OSError, ValueError, RecursionError) as e: raise UserError(f'{str(home)!r} holds no run: {e}') from e
+    if not isinstance(record, dict) or not {'schema', 'recipe', 'runtime', 'size', 'seeds'} <= record.keys(): raise UserError(f'{str(home/"run.json")!r} was not written by kesi; run the recipe again')
+    if record['schema'] != SCHEMA: raise UserError(f'{str(home)!r} was written by another version of kesi (schema {record["schema"]}; this one reads {SCHEMA})')
     r = paper.from_dict(record['recipe'])
-    root = next(p for p in home.parents if (p/'store.json').exists())
-    seeds, manifests, name = [], [], home.relative_to(root/'reports').as_posix()
+    root = next((p for p in home.absolute().parents if (p/'store.json').exists()), None)
+    if root is None: raise UserError(f'{str(home)!r} lies in no run folder')
+    seeds, manifests, name = [], [], home.absolute().relative_to(root/'reports').as_posix()
     for i, folders in enumerate(record['seeds']):
         if not all((root/f).exists() for f in folders.values()): continue
         stages, ensemble, ms = _seed(root, folders)

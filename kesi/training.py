@@ -6,9 +6,9 @@
 __all__ = ['Training', 'learning_rates', 'momenta', 'cross_entropy', 'optimizer', 'zero_masks', 'keep_zeros', 'predict',
            'evaluate', 'write_checkpoint', 'read_checkpoint', 'fit']
 
-# %% ../nbs/07_lr_restarting.ipynb #970bf750
+# %% ../nbs/07_lr_restarting.ipynb #34367a86
 import copy, hashlib, json, math, time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 import safetensors.torch, torch, torch.nn.functional as F
 from torch import nn
@@ -16,9 +16,9 @@ from .data import Dataset, Loader
 from .models import Network
 from .paper import UserError
 from .pruning import conv_weights, narrow, scatter_state, slice_state, widen
-from .runtime import DamagedFile, Diverged, Runtime, describe, write_atomic
+from .runtime import DamagedFile, Diverged, Runtime, StoreError, describe, digest, write_atomic
 
-# %% ../nbs/07_lr_restarting.ipynb #3c653285
+# %% ../nbs/07_lr_restarting.ipynb #ad971814
 @dataclass(frozen=True)
 class Training:
     "How to train a network once."
@@ -38,6 +38,8 @@ class Training:
         for n, allowed in (('schedule', ('constant', 'step', 'one-cycle')), ('optimizer', ('sgd', 'adam'))):
             if getattr(self, n) not in allowed: raise UserError(f'{n} must be one of {", ".join(allowed)}; got {getattr(self, n)!r}')
         if self.epochs < 1 or self.batch < 1: raise UserError(f'epochs and batch must be at least 1; got {self.epochs} and {self.batch}')
+        for n in ('lr', 'momentum', 'weight_decay', 'gamma', 'warmup'):
+            if not math.isfinite(getattr(self, n)): raise UserError(f'{n} must be a finite number; got {getattr(self, n)!r}')
 
 # %% ../nbs/07_lr_restarting.ipynb #dff7cf98
 def _cosine(a, b, t): return b + (a - b) * (1 + math.cos(math.pi * t)) / 2
@@ -102,7 +104,7 @@ def evaluate(net: nn.Module, loader: Loader, rt: Runtime = Runtime()) -> tuple[f
     logits, y = predict(net, loader, rt), loader.split.labels
     return F.cross_entropy(logits, y).item(), (logits.argmax(1) == y).double().mean().item()
 
-# %% ../nbs/07_lr_restarting.ipynb #ace73912
+# %% ../nbs/07_lr_restarting.ipynb #dbb611a7
 def _fingerprint(tensors, record):
     h = hashlib.sha256(record.encode())
     for n in sorted(tensors): h.update(n.encode()); h.update(tensors[n].reshape(-1).view(torch.uint8).numpy().data)
@@ -119,7 +121,7 @@ def read_checkpoint(path) -> tuple[dict, dict]:
     try:
         with safetensors.safe_open(str(path), 'pt') as f: meta, tensors = f.metadata() or {}, {n: f.get_tensor(n) for n in f.keys()}
         if _fingerprint(tensors, meta.get('record', '')) == meta.get('sha256'): return tensors, json.loads(meta['record'])
-    except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as e: raise DamagedFile(f'cannot read checkpoint {str(path)!r}: {e}') from e
+    except (OSError, RuntimeError, ValueError, TypeError, safetensors.SafetensorError) as e: raise DamagedFile(f'cannot read checkpoint {str(path)!r}: {e}') from e
     raise DamagedFile(f'checkpoint {str(path)!r} is damaged: its checksum does not match')
 
 # %% ../nbs/07_lr_restarting.ipynb #9029de44
@@ -163,7 +165,7 @@ def _unpack(tensors, opt, padded):
         for n, p in padded.net.named_parameters():
             if n in state: opt.state[p][kind] = torch.empty_like(p).copy_(state[n]) if state[n].ndim else state[n].to(p.device)
 
-# %% ../nbs/07_lr_restarting.ipynb #395a12da
+# %% ../nbs/07_lr_restarting.ipynb #ff5a9b5c
 def _epoch(net, loader, objective, opt, masks, rates, seed, rt):
     "One epoch of training; mean loss and accuracy, still on the device."
     net.train()
@@ -180,20 +182,31 @@ def _epoch(net, loader, objective, opt, masks, rates, seed, rt):
         total += torch.stack([loss.detach() * len(y), (logits.detach().argmax(1) == y).sum()])
     return total / len(loader.split)
 
-def _check(record, what):
+def _check(record, what, kept):
     "Stop where a loss is no number any more."
-    if math.isfinite(record['train_loss']) and math.isfinite(record['test_loss']): return
-    raise Diverged(f'{what}: the loss became {record["train_loss"]} in epoch {record["epoch"]} at learning rate {record["lr"]:g}; '
-                   'try a lower learning rate, a longer warm-up or float32 precision. The last good epoch is kept.')
+    bad = [f'the {split} loss became {record[split + "_loss"]}' for split in ('train', 'test') if not math.isfinite(record[split + '_loss'])]
+    if bad: raise Diverged(f'{what}: {" and ".join(bad)} in epoch {record["epoch"]} at learning rate {record["lr"]:g}; '
+                           'try a lower learning rate, a longer warm-up or float32 precision.' + ' The last good epoch is kept.' * kept)
 
-# %% ../nbs/07_lr_restarting.ipynb #61b46f29
-def _resume(path, opt, padded, here, say):
+# %% ../nbs/07_lr_restarting.ipynb #8fe5c8e7
+def _identity(net, data, training, seed, rt):
+    "Names a training: the start, the images, the settings and the seed."
+    start = _fingerprint({n: t.detach().cpu().contiguous() for n, t in net.state_dict().items()}, '')
+    return digest([start, data.digest, asdict(training), list(seed), rt.numerics], 16)
+
+def _set_aside(path, why, say):
+    aside = path.with_name(f'{path.name}.damaged-{time.time_ns()}')
+    try: path.rename(aside)
+    except FileNotFoundError: return                       # another process was faster
+    except OSError as e: raise StoreError(f'{why}; and it cannot be renamed: {e.strerror}') from e
+    say(f'{why}; it is set aside as {aside.name}, and this training starts again')
+
+def _resume(path, opt, padded, of, here, say):
     "The history up to the checkpoint, whose tensors are put back; an empty history where there is none."
     if path is None or not path.exists(): return []
     try: tensors, record = read_checkpoint(path)
-    except DamagedFile as e:
-        aside = path.with_name(f'{path.name}.damaged-{time.time_ns()}'); path.rename(aside)
-        say(f'{e}; it is set aside as {aside.name}, and this training starts again'); return []
+    except DamagedFile as e: _set_aside(path, str(e), say); return []
+    if not isinstance(record, dict) or record.get('of') != of: _set_aside(path, f'checkpoint {str(path)!r} belongs to another training', say); return []
     other = [f'{n} {record["machine"].get(n)} there, {v} here' for n, v in here.items() if record['machine'].get(n) != v]
     if other: say(f'going on with {path} from another machine or version ({"; ".join(other)}): the last digits may differ from an uninterrupted run')
     _unpack(tensors, opt, padded)
@@ -214,7 +227,8 @@ def fit(net: Network,                # stays as it is
     with rt.active():
         padded = _Padded(net, rt)
         opt, masks, path = optimizer(training, padded.net), zero_masks(padded.net), checkpoint and Path(checkpoint)
-        history, steps, here = _resume(path, opt, padded, describe(rt), say), len(train), describe(rt)
+        steps, here, of = len(train), describe(rt), path and _identity(net, data, training, seed, rt)
+        history = _resume(path, opt, padded, of, here, say)
         rates = list(zip(learning_rates(training, steps), momenta(training, steps)))
         run = torch.compile(padded.net) if rt.compile else padded.net
         for epoch in range(len(history), training.epochs):
@@ -222,7 +236,7 @@ def fit(net: Network,                # stays as it is
             loss, accuracy = _epoch(run, train, objective, opt, masks, mine, (*seed, epoch), rt).tolist()
             test_loss, test_accuracy = evaluate(run, test, rt)
             history.append(dict(epoch=epoch + 1, lr=mine[-1][0], train_loss=loss, train_accuracy=accuracy, test_loss=test_loss, test_accuracy=test_accuracy))
-            _check(history[-1], ' '.join(map(str, seed)))
-            if path: write_checkpoint(path, _pack(opt, padded), {'history': history, 'machine': here})
+            _check(history[-1], ' '.join(map(str, seed)), kept=bool(path and epoch))
+            if path: write_checkpoint(path, _pack(opt, padded), {'of': of, 'history': history, 'machine': here})
             if on_epoch: on_epoch(history[-1])
         return padded.result(), history

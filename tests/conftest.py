@@ -1,0 +1,20 @@
+import random
+import drive, pytest
+from kesi import pipeline, report
+
+@pytest.fixture(autouse=True)
+def _as_it_was(monkeypatch):
+    "Tests that replace the data set or the drawing leave nothing behind."
+    for module, names in ((pipeline, ('load',)), (report, ('_save', 'plot_run', 'plot_tradeoff'))):
+        for n in names: monkeypatch.setattr(module, n, getattr(module, n))
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory):
+    "A finished, never disturbed tiny run: its folder and its content."
+    out = tmp_path_factory.mktemp('tiny')/'runs'
+    assert drive.finish(out, tiny=True) == 0, out.with_suffix('.log').read_text()
+    assert not drive.debris(out)
+    return out, drive.content(out)
+
+@pytest.fixture
+def rng(request): return random.Random(request.node.name)

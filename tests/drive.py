@@ -1,0 +1,95 @@
+"What the tests of kills and races run in processes of their own: small runs that can be told where to die."
+import errno, functools, json, multiprocessing, os, resource, signal, stat, sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from kesi import cli, paper, pipeline, report
+from kesi.data import Dataset, Split
+from kesi.runtime import Runtime
+
+processes = multiprocessing.get_context('forkserver')
+processes.set_forkserver_preload(['kesi.cli', 'kesi.report', 'drive'])
+RT = Runtime(threads=1)
+SMALL = replace(paper.recipe('digits/resnet8'), seeds=1, iterations=2, epochs=3, retrain_epochs=1, distill_epochs=2, batch=128)
+TINY = replace(SMALL, iterations=1, epochs=2, retrain_epochs=2, batch=16, retrain_batch=32, distill_batch=32)
+
+@functools.cache
+def blobs(name='blobs', n=64):
+    "64 images in four classes, so that a whole run takes a second or two."
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(2 * n) % 4
+    x = (y.view(-1, 1, 1, 1) * 40 + torch.randint(90, (2 * n, 1, 8, 8), generator=g)).to(torch.uint8)
+    return Dataset(name, Split(x[:n], y[:n]), Split(x[n:], y[n:]), tuple('abcd'), (.4,), (.25,), flip=False)
+
+def go(out, recipe=SMALL, data=None, say=lambda line: None):
+    "Run and report."
+    if data is not None:                    # pictures take longer than such a run
+        pipeline.load, report._save = (lambda name, root=None: data), (lambda fig, path: None)
+        report.plot_run = report.plot_tradeoff = lambda r: None
+    home = pipeline.run(recipe, out, RT, say=say)
+    report.write(home)
+    return home
+
+def die_at(n, moment):
+    "SIGKILL at the n-th file: `write` (half of it is written), `before` its rename or `after` it; folders count too."
+    count, replace_, rename_, fsync_ = [0], os.replace, os.rename, os.fsync
+    def die(): os.kill(os.getpid(), signal.SIGKILL)
+    def moved(how):
+        def f(a, b, **kw):
+            count[0] += moment != 'write'
+            if count[0] == n and moment == 'before': die()
+            how(a, b, **kw)
+            if count[0] == n and moment == 'after': die()
+        return f
+    def synced(fd):
+        if moment == 'write' and stat.S_ISREG(os.fstat(fd).st_mode): count[0] += 1
+        if count[0] == n and moment == 'write': os.truncate(f'/proc/self/fd/{fd}', os.fstat(fd).st_size // 2); die()
+        fsync_(fd)
+    os.replace, os.rename, os.fsync = moved(replace_), moved(rename_), synced
+
+def child(out, recipe, tiny, how, log):
+    "One process; its exit code is the command's. What it says goes into the file `log`."
+    sys.stdout = sys.stderr = open(log, 'a', buffering=1)
+    if 'kill' in how: die_at(*how['kill'])
+    if 'limit' in how: resource.setrlimit(resource.RLIMIT_FSIZE, (how['limit'], how['limit']))
+    if how.get('lockless'):
+        import filelock
+        def none(self, *a, **kw): raise OSError(errno.ENOSYS, 'no locks here')
+        filelock.FileLock.acquire = none
+    class Args: pass
+    sys.exit(cli.guarded(lambda args: go(out, recipe, blobs() if tiny else None, print), Args()))
+
+def start(out, recipe=None, tiny=False, log=None, **how):
+    "Start a run in another process."
+    p = processes.Process(target=child, args=(str(out), recipe or (TINY if tiny else SMALL), tiny, how, str(log or Path(out).with_suffix('.log'))))
+    p.start()
+    return p
+
+def finish(*a, **kw):
+    "Run in another process; its exit code (−9: killed)."
+    p = start(*a, **kw); p.join()
+    return p.exitcode
+
+def content(out):
+    "Everything that must not depend on kills: files of stages by name, metrics, and the reports without their provenance."
+    out, found = Path(out), {}
+    for folder in sorted(p.parent for p in out.glob('*/manifest.json')):
+        m = json.loads((folder/'manifest.json').read_text())
+        found[folder.name] = (m['metrics'], m['stage'], m['files'], sorted(p.name for p in folder.iterdir()))
+        for n in m['files']: found[f'{folder.name}/{n}'] = (folder/n).read_bytes()
+    for p in sorted(out.glob('reports/**/report.json')):
+        r = json.loads(p.read_text()); del r['provenance']
+        found[str(p.relative_to(out))] = r
+        for other in p.parent.iterdir():
+            if other.suffix in ('.svg', '.png') or other.name == 'run.json': found[str(other.relative_to(out))] = other.read_bytes()
+    return found
+
+def same(out, good):
+    "Is a run folder's content the expected one, bit by bit?"
+    mine = content(out)
+    assert sorted(mine) == sorted(good)
+    for n in good: assert mine[n] == good[n], n
+
+def debris(out):
+    "Unfinished files and hidden folders of a run folder."
+    return sorted(str(p.relative_to(out)) for p in Path(out).rglob('.*') if p.name != '.locks')

@@ -1,0 +1,301 @@
+"The datasets' files in their exact formats, small: whole, cut short, damaged, missing. Nothing is downloaded but from a server in this process."
+import gzip, hashlib, http.server, io, os, pickle, re, subprocess, sys, tarfile, threading, zipfile
+from dataclasses import replace
+import numpy as np, pytest, torch
+from PIL import Image
+from torch.testing import assert_close
+from torchvision import datasets
+from kesi import data, models, paper, pipeline
+from kesi.data import Loader, load
+from kesi.paper import UserError
+from kesi.runtime import Runtime
+
+md5 = lambda content: hashlib.md5(content).hexdigest()
+NOWHERE = 'http://127.0.0.1:9/'          # nobody answers there
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch, tmp_path):
+    "No dataset is remembered from another test, none is taken from the system, no proxy is asked."
+    data._load.cache_clear()
+    monkeypatch.setattr(data, '_DEBIAN', tmp_path/'no such package')
+    monkeypatch.setenv('no_proxy', '*')
+    yield
+    data._load.cache_clear()
+
+@pytest.fixture
+def server():
+    "A server of files that honours ranges; `server.cut` sends at most so many bytes per answer, `server.asked` are the ranges."
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            s, content = self.server, self.server.files.get(self.path)
+            ranged = self.headers.get('Range'); s.asked.append(ranged)
+            if content is None: return self.send_error(404)
+            begin = int(re.findall(r'\d+', ranged)[0]) if ranged and s.ranges else 0
+            if begin and begin >= len(content): return self.send_error(416)
+            self.send_response(206 if begin else 200); self.send_header('Content-Length', str(len(content) - begin)); self.end_headers()
+            self.wfile.write(content[begin:begin + s.cut])
+        def log_message(self, *_): pass
+    s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    s.files, s.asked, s.cut, s.ranges, s.url = {}, [], 10**9, True, f'http://127.0.0.1:{s.server_port}/'
+    threading.Thread(target=s.serve_forever, daemon=True).start()
+    yield s
+    s.shutdown(); s.server_close()
+
+# --- downloading
+def test_download_goes_on_where_it_stopped(server, tmp_path):
+    server.files['/x'], server.cut = bytes(range(256)) * 40, 3000
+    assert data.fetch(server.url + 'x', tmp_path/'new'/'x', md5(server.files['/x'])).read_bytes() == server.files['/x']
+    assert server.asked == [None, 'bytes=3000-', 'bytes=6000-', 'bytes=9000-']
+
+def test_an_earlier_part_is_used_and_a_wrong_one_thrown_away(server, tmp_path):
+    server.files['/x'] = content = os.urandom(5000)
+    (tmp_path/'x.part').write_bytes(content[:1234])
+    assert data.fetch(server.url + 'x', tmp_path/'x', md5(content)).read_bytes() == content
+    assert server.asked == ['bytes=1234-']
+    for wrong in (b'?' * 1234, content + b'?'):                      # other bytes; too many
+        (tmp_path/'x').unlink(missing_ok=True); (tmp_path/'x.part').write_bytes(wrong)
+        with pytest.raises(UserError, match='checksum'): data.fetch(server.url + 'x', tmp_path/'x', md5(content))
+        assert not (tmp_path/'x').exists() and not (tmp_path/'x.part').exists()
+    assert data.fetch(server.url + 'x', tmp_path/'x', md5(content)).read_bytes() == content
+
+def test_a_server_without_ranges_is_asked_from_the_start(server, tmp_path):
+    server.files['/x'], server.ranges = b'abcdef' * 100, False
+    (tmp_path/'x.part').write_bytes(b'abc')
+    assert data.fetch(server.url + 'x', tmp_path/'x', md5(server.files['/x'])).read_bytes() == server.files['/x']
+
+def test_a_server_that_sends_nothing_is_given_up(server, tmp_path):
+    server.files['/x'], server.cut = b'abc', 0
+    with pytest.raises(UserError, match='checksum'): data.fetch(server.url + 'x', tmp_path/'x', md5(b'abc'))
+    assert not (tmp_path/'x').exists()
+
+@pytest.mark.parametrize('name', ['cifar10', 'cifar100', 'fashion_mnist', 'tiny_imagenet'])
+def test_offline_says_what_to_put_where(name, tmp_path, monkeypatch):
+    for kind in (datasets.CIFAR10, datasets.CIFAR100): monkeypatch.setattr(kind, 'url', NOWHERE + kind.filename)
+    monkeypatch.setattr(datasets.FashionMNIST, 'mirrors', [NOWHERE]); monkeypatch.setattr(data, '_TINY', (NOWHERE + 'tiny-imagenet-200.zip', '0' * 32))
+    monkeypatch.setenv('KESI_DATA', str(tmp_path/'here'))
+    with pytest.raises(UserError) as e: load(name)
+    assert all(t in str(e.value) for t in (name, str(tmp_path/'here'), 'cannot be downloaded', 'put ', '--data-root', 'KESI_DATA'))
+    assert not [p for p in tmp_path.rglob('*') if p.is_file() and '.locks' not in p.parts]
+
+# --- CIFAR: a tar of pickles
+def cifar_tar(kind, monkeypatch, n=20, evil=None):
+    "A tar file as the publishers make it, with torchvision's list of checksums patched to fit; and the images and labels in it."
+    draw, files, all_x, all_y = np.random.default_rng(0), {}, [], []
+    key, classes = ('labels', 10) if kind is datasets.CIFAR10 else ('fine_labels', 100)
+    lists = {}
+    for which in ('train_list', 'test_list'):
+        lists[which] = []
+        for file, _ in getattr(kind, which):
+            x, y = draw.integers(0, 256, (n, 3072), dtype=np.uint8), [int(v) for v in draw.integers(0, classes, n)]
+            files[file] = pickle.dumps({'data': x, key: y}); lists[which].append([file, md5(files[file])])
+            all_x.append(x); all_y += y
+    meta = {kind.meta['key']: [f'class {i}' for i in range(classes)]}
+    files[kind.meta['filename']] = pickle.dumps(meta)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w:gz') as tar:
+        for file, content in files.items():
+            info = tarfile.TarInfo(f'{kind.base_folder}/{file}'); info.size = len(content); tar.addfile(info, io.BytesIO(content))
+    for which, v in lists.items(): monkeypatch.setattr(kind, which, v)
+    monkeypatch.setattr(kind, 'meta', {**kind.meta, 'md5': md5(files[kind.meta['filename']])})
+    monkeypatch.setattr(kind, 'tgz_md5', md5(buffer.getvalue())); monkeypatch.setattr(kind, 'url', NOWHERE + kind.filename)
+    return buffer.getvalue(), np.concatenate(all_x).reshape(-1, 3, 32, 32), all_y
+
+@pytest.mark.parametrize('kind', [datasets.CIFAR10, datasets.CIFAR100])
+def test_cifar_is_read(kind, monkeypatch, tmp_path):
+    tar, x, y = cifar_tar(kind, monkeypatch)
+    (tmp_path/kind.filename).write_bytes(tar)
+    d = load(kind.__name__.lower(), tmp_path)
+    assert_close(torch.cat([d.train.images, d.test.images]), torch.tensor(x), rtol=0, atol=0)
+    assert torch.cat([d.train.labels, d.test.labels]).tolist() == y
+    assert (d.size, d.channels, d.pad, d.flip, len(d.classes), len(d.test)) == (32, 3, 4, True, 10 if kind is datasets.CIFAR10 else 100, 20)
+    assert d.mean == (.4914, .4822, .4465) and d.std == (.2023, .1994, .2010) and d.train.images.is_contiguous()
+    (tmp_path/kind.filename).unlink(); data._load.cache_clear()
+    assert load(kind.__name__.lower(), tmp_path).digest == d.digest          # the unpacked folder is enough
+
+def test_cifar_is_downloaded(monkeypatch, tmp_path, server):
+    tar, x, _ = cifar_tar(datasets.CIFAR10, monkeypatch)
+    server.files['/c.tar.gz'], server.cut = tar, len(tar) // 2 + 1
+    monkeypatch.setattr(datasets.CIFAR10, 'url', server.url + 'c.tar.gz')
+    assert len(load('cifar10', tmp_path).train) == 100 and len(server.asked) == 2
+
+def test_cifar_cut_short_or_damaged(monkeypatch, tmp_path):
+    tar, *_ = cifar_tar(datasets.CIFAR10, monkeypatch)
+    for bad in (tar[:-100], tar[:500] + bytes([tar[500] ^ 1]) + tar[501:], b''):
+        (tmp_path/'cifar-10-python.tar.gz').write_bytes(bad)
+        with pytest.raises(UserError, match='damaged or incomplete; delete it'): load('cifar10', tmp_path)
+        assert not (tmp_path/'cifar-10-batches-py').exists()
+    (tmp_path/'cifar-10-python.tar.gz').write_bytes(tar); load('cifar10', tmp_path)
+    (tmp_path/'cifar-10-batches-py'/'data_batch_3').write_bytes(b'half'); data._load.cache_clear()
+    assert len(load('cifar10', tmp_path).train) == 100                       # unpacked again
+    (tmp_path/'cifar-10-batches-py'/'batches.meta').write_bytes(b'half'); data._load.cache_clear()
+    with pytest.raises(UserError, match='delete the folder'): load('cifar10', tmp_path)
+
+class Evil:
+    def __reduce__(self): return os.mkdir, (str(self.path),)
+
+def test_cifar_pickles_are_not_opened_before_their_checksum(monkeypatch, tmp_path):
+    tar, *_ = cifar_tar(datasets.CIFAR10, monkeypatch)
+    (tmp_path/'cifar-10-python.tar.gz').write_bytes(tar); load('cifar10', tmp_path)
+    Evil.path = tmp_path/'executed'
+    for file in ('data_batch_1', 'test_batch', 'batches.meta'):
+        (tmp_path/'cifar-10-python.tar.gz').unlink(missing_ok=True); data._load.cache_clear()
+        (tmp_path/'cifar-10-batches-py'/file).write_bytes(pickle.dumps(Evil()))
+        with pytest.raises(UserError): load('cifar10', tmp_path)
+    assert not Evil.path.exists()
+
+# --- Fashion-MNIST: gzipped idx
+def idx_files(monkeypatch, n=(30, 10)):
+    draw, out = np.random.default_rng(0), {}
+    for part, k in zip(('train', 't10k'), n):
+        for what, a in (('images-idx3', draw.integers(0, 256, (k, 28, 28), dtype=np.uint8)), ('labels-idx1', (np.arange(k) % 10).astype(np.uint8))):
+            out[f'{part}-{what}-ubyte.gz'] = bytes([0, 0, 8, a.ndim]) + b''.join(v.to_bytes(4, 'big') for v in a.shape) + a.tobytes()
+    monkeypatch.setattr(data, '_FASHION', {f: md5(c) for f, c in out.items()})
+    return out
+
+def test_fashion_mnist_is_read_from_every_place(monkeypatch, tmp_path, server):
+    files, digests = idx_files(monkeypatch), set()
+    for i, place in enumerate(('FashionMNIST/raw', '', 'fashion-mnist')):
+        root = tmp_path/str(i); (root/place).mkdir(parents=True)
+        for f, c in files.items(): (root/place/f).write_bytes(gzip.compress(c, compresslevel=i + 1))
+        digests.add(load('fashion_mnist', root).digest)
+    packed = {f: gzip.compress(c) for f, c in files.items()}
+    server.files = {f'/{f}': c for f, c in packed.items()}
+    monkeypatch.setattr(datasets.FashionMNIST, 'mirrors', [server.url]); monkeypatch.setattr(datasets.FashionMNIST, 'resources', [(f, md5(c)) for f, c in packed.items()])
+    d = load('fashion_mnist', tmp_path/'empty')
+    assert digests == {d.digest} and (len(d.train), len(d.test), d.size, d.channels, d.pad, d.flip) == (30, 10, 28, 1, 4, True)
+    assert d.train.images[3, 0].numpy().tobytes() == files['train-images-idx3-ubyte.gz'][16 + 3 * 784:16 + 4 * 784]
+    monkeypatch.setattr(data, '_DEBIAN', tmp_path/'empty'/'FashionMNIST'/'raw')
+    assert load('fashion_mnist', tmp_path/'another').digest == d.digest
+
+@pytest.mark.parametrize('harm', [lambda z: z[:-1], lambda z: z[:len(z) // 2], lambda z: b'', lambda z: z[:len(z) // 2] + bytes([z[len(z) // 2] ^ 8]) + z[len(z) // 2 + 1:], lambda z: gzip.compress(gzip.decompress(z)[:-1]), lambda z: b'no gzip'])
+@pytest.mark.parametrize('file', ['train-images-idx3-ubyte.gz', 't10k-labels-idx1-ubyte.gz'])
+def test_fashion_mnist_damaged(harm, file, monkeypatch, tmp_path):
+    for f, c in idx_files(monkeypatch).items(): (tmp_path/f).write_bytes(harm(gzip.compress(c)) if f == file else gzip.compress(c))
+    with pytest.raises(UserError, match=f'{file}.*is damaged'): load('fashion_mnist', tmp_path)
+
+def test_idx_with_a_header_that_lies(tmp_path):
+    for raw in (bytes([0, 0, 8, 1, 0, 0, 0, 9]) + b'12345', bytes([0, 0, 13, 1, 0, 0, 0, 1]) + b'1', bytes([0, 0, 8, 200]), b'\0'):
+        (tmp_path/'x.gz').write_bytes(gzip.compress(raw))
+        with pytest.raises(UserError, match='is damaged'): data._read_idx(tmp_path/'x.gz', md5(raw))
+
+@pytest.mark.skipif(not os.path.exists('/usr/share/datasets/fashion-mnist'), reason='the Debian package dataset-fashion-mnist is not installed')
+def test_the_real_fashion_mnist(monkeypatch, tmp_path):
+    from pathlib import Path
+    monkeypatch.setattr(data, '_DEBIAN', Path('/usr/share/datasets/fashion-mnist'))
+    d = load('fashion_mnist', tmp_path)
+    assert d.digest == 'efbf3d1d9501' and (len(d.train), len(d.test)) == (60_000, 10_000) and d.train.labels.bincount().tolist() == [6000] * 10
+    assert data._statistics(d.train.images) == (d.mean, d.std)
+
+# --- Tiny-ImageNet: a zip of JPEGs and lists
+def jpeg(seed, grey=False, side=64):
+    a = np.random.default_rng(seed).integers(0, 256, (4, 4) if grey else (4, 4, 3), dtype=np.uint8)
+    buffer = io.BytesIO(); Image.fromarray(a).resize((side, side)).save(buffer, 'JPEG', quality=95)
+    return buffer.getvalue()
+
+def tiny_files(n=3):
+    ids, files = ['n02', 'n01', 'n03'], {}                                    # not sorted: their order counts
+    files['wnids.txt'] = '\n'.join(ids).encode()
+    files['words.txt'] = b'n01\tcat, puss\nn02\tdog\nn09\tunused'
+    for k, c in enumerate(ids):
+        files[f'train/{c}/{c}_boxes.txt'] = ''.join(f'{c}_{i}.JPEG\t0\t0\t9\t9\n' for i in range(n)).encode()
+        for i in range(n): files[f'train/{c}/images/{c}_{i}.JPEG'] = jpeg(10 * k + i, grey=i == 1)
+    files['val/val_annotations.txt'] = b'val_0.JPEG\tn01\t0\t0\t9\t9\nval_1.JPEG\tn03\t0\t0\t9\t9\n'
+    for i in range(2): files[f'val/images/val_{i}.JPEG'] = jpeg(100 + i)
+    return files
+
+def tiny_zip(files, monkeypatch):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, 'w', zipfile.ZIP_DEFLATED) as z:
+        for f, c in files.items(): z.writestr(f'tiny-imagenet-200/{f}', c)
+    monkeypatch.setattr(data, '_TINY', (NOWHERE + 'tiny-imagenet-200.zip', md5(buffer.getvalue())))
+    return buffer.getvalue()
+
+def unpack(files, home):
+    for f, c in files.items(): (home/f).parent.mkdir(parents=True, exist_ok=True); (home/f).write_bytes(c)
+
+def test_tiny_imagenet_zip_and_folder(monkeypatch, tmp_path, server):
+    files = tiny_files()
+    content = tiny_zip(files, monkeypatch)
+    (tmp_path/'zip').mkdir(); (tmp_path/'zip'/'tiny-imagenet-200.zip').write_bytes(content)
+    d = load('tiny_imagenet', tmp_path/'zip')
+    assert d.classes == ('dog', 'cat', 'n03') and d.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and d.test.labels.tolist() == [1, 2]
+    assert (d.size, tuple(d.train.images.shape), d.train.images.is_contiguous()) == (224, (9, 3, 64, 64), True)
+    for i, f in ((0, 'train/n02/images/n02_0.JPEG'), (4, 'train/n01/images/n01_1.JPEG')):
+        assert_close(d.train.images[i].permute(1, 2, 0), torch.from_numpy(np.array(Image.open(io.BytesIO(files[f])).convert('RGB'))), rtol=0, atol=0)
+    assert (d.train.images[4, 0] == d.train.images[4, 2]).all()               # grey: equal channels
+    unpack(files, tmp_path/'folder'/'tiny-imagenet-200')
+    assert load('tiny_imagenet', tmp_path/'folder').digest == d.digest
+    server.files['/tiny-imagenet-200.zip'], server.cut = content, len(content) // 3
+    monkeypatch.setattr(data, '_TINY', (server.url + 'tiny-imagenet-200.zip', md5(content)))
+    assert load('tiny_imagenet', tmp_path/'download').digest == d.digest
+
+def test_tiny_imagenet_damaged(monkeypatch, tmp_path):
+    content = tiny_zip(tiny_files(), monkeypatch)
+    for bad in (content[:-30], content[:300] + b'??' + content[302:], b''):
+        (tmp_path/'tiny-imagenet-200.zip').write_bytes(bad)
+        with pytest.raises(UserError, match='damaged or incomplete'): load('tiny_imagenet', tmp_path)
+
+@pytest.mark.parametrize('file, content', [('train/n01/images/n01_2.JPEG', None), ('val/images/val_1.JPEG', b'\xff\xd8 no image'), ('train/n02/images/n02_0.JPEG', jpeg(0)[:300]), ('train/n02/n02_boxes.txt', None),
+                                           ('val/val_annotations.txt', b'val_0.JPEG\tn77\n'), ('val/val_annotations.txt', b'val_0.JPEG'), ('words.txt', None), ('val/images/val_0.JPEG', jpeg(1, side=32))])
+def test_tiny_imagenet_incomplete_tree(file, content, tmp_path, monkeypatch):
+    files = tiny_files(); files.pop(file)
+    if content: files[file] = content
+    unpack(files, tmp_path/'folder'/'tiny-imagenet-200')
+    with pytest.raises(UserError, match='incomplete or damaged|one size'): load('tiny_imagenet', tmp_path/'folder')
+    (tmp_path/'zip').mkdir(); (tmp_path/'zip'/'tiny-imagenet-200.zip').write_bytes(tiny_zip(files, monkeypatch))
+    with pytest.raises(UserError, match='incomplete or damaged|one size'): load('tiny_imagenet', tmp_path/'zip')
+
+def test_imagenet_start_and_view_through_the_pipeline(monkeypatch, tmp_path):
+    unpack(tiny_files(), tmp_path/'tiny-imagenet-200')
+    asked = []
+    def fake(spec, seed): asked.append((spec.arch, spec.num_classes, seed)); return models.build(spec, seed)
+    monkeypatch.setattr(pipeline, 'pretrained', fake)
+    small = replace(load('tiny_imagenet', tmp_path), view=40)
+    monkeypatch.setattr(pipeline, 'load', lambda *a: small)
+    r = replace(paper.recipe('tiny_imagenet/resnet18').budget(.01), iterations=1, seeds=1, variants=('kesi',), batch=4, retrain_batch=4, distill_batch=4)
+    home = pipeline.run(r, tmp_path/'runs', Runtime(threads=1), say=None)
+    assert asked == [('resnet18', 3, 0)] and '"size": 40' in (home/'run.json').read_text()
+
+# --- a folder of one's own
+def flowers(root, parts=('train', 'test'), side=16):
+    for p in parts:
+        for c in 'ab':
+            (root/p/c).mkdir(parents=True)
+            for i in range(4): (root/p/c/f'{i}.jpg').write_bytes(jpeg(i, side=side))
+
+def test_folder(tmp_path):
+    flowers(tmp_path/'mine'); flowers(tmp_path/'other', ('train', 'val'), 24)
+    d, e = load('folder:mine', tmp_path), load('folder:other@12', tmp_path)
+    assert (d.size, d.classes, len(d.train), d.train.labels.tolist()) == (16, ('a', 'b'), 8, [0] * 4 + [1] * 4) and e.size == 12
+    assert paper.recipe('folder:mine/resnet8').name == 'folder:mine/resnet8'
+    (tmp_path/'mine'/'train'/'a'/'odd.png').write_bytes(jpeg(0, side=8))
+    data._load.cache_clear()
+    with pytest.raises(UserError, match='odd.png.*8×8.*write folder:mine@SIZE'): load('folder:mine', tmp_path)
+    assert load('folder:mine@16', tmp_path).size == 16
+    (tmp_path/'mine'/'train'/'a'/'bad.png').write_bytes(b'no image'); data._load.cache_clear()
+    with pytest.raises(UserError, match='bad.png.*cannot be read'): load('folder:mine@16', tmp_path)
+
+def test_folder_mistakes(tmp_path):
+    flowers(tmp_path/'none', ('train',)); flowers(tmp_path/'extra'); (tmp_path/'extra'/'test'/'c').mkdir(); flowers(tmp_path/'empty'); (tmp_path/'empty'/'train'/'c').mkdir()
+    for name, message in (('none', 'no folder'), ('extra', 'without training images: c'), ('empty', 'no images of c'), ('nowhere', 'needs train/ and test/'), ('a/b', 'in the data root'), ('x@0', 'in the data root')):
+        with pytest.raises(UserError, match=message): load(f'folder:{name}', tmp_path)
+
+# --- the rest
+def test_digits_and_their_batches_have_not_changed():
+    d = load('digits')
+    assert d.digest == 'fba5bbbc79bf'
+    h = hashlib.sha256()
+    for x, y in Loader(d, d.train, 128).epoch(0, 'pin', 1): h.update(x.contiguous().numpy().tobytes()); h.update(y.numpy().tobytes())
+    assert h.hexdigest()[:16] == 'b0d5e557261b2182'
+
+def test_importing_the_data_module_is_light():
+    done = subprocess.run([sys.executable, '-c', 'import sys, kesi.data; print([m for m in ("torchvision", "sklearn", "PIL") if m in sys.modules])'], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == '[]'
+
+def test_a_held_out_part_through_the_command(tmp_path):
+    run = [sys.executable, '-c', 'import sys; from kesi.cli import kesi_run; sys.exit(kesi_run())', 'digits/resnet8', '--set', 'valid=0.2', '--set', 'iterations=1', '--seeds', '1', '--budget', '.01', '--threads', '1', '--out', str(tmp_path/'runs')]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ''), done.stderr
+    import safetensors.torch
+    found = list((tmp_path/'runs').glob('baseline-*/predictions.safetensors'))
+    assert len(found) == 1 and len(safetensors.torch.load_file(found[0])['labels']) == 200         # a fifth of the training images, not the 797 of the test set

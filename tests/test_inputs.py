@@ -1,0 +1,150 @@
+"Strange recipes, settings, plans and command lines: one line and exit code 2, before anything is computed or written."
+import json, os, shutil
+from dataclasses import fields, replace
+import drive, pytest, torch
+from hypothesis import HealthCheck, assume, given, settings, strategies as st
+from kesi import cli, paper, pipeline, training
+from kesi.data import Dataset, Split
+from kesi.paper import Recipe, UserError
+from kesi.runtime import Runtime, write_json, StoreError
+
+FEW, MANY = (dict(deadline=None, derandomize=True, max_examples=n, suppress_health_check=list(HealthCheck)) for n in (40, 400))
+NAMES = [f.name for f in fields(Recipe)]
+text = st.text(st.characters(exclude_characters='\0', codec='utf-8'), max_size=12)
+number = st.one_of(st.integers(), st.floats(), st.integers(-3, 20), st.floats(-1, 2))
+plain = st.one_of(st.none(), st.booleans(), number, text, st.sampled_from(['resnet20', 'digits', 'kesi', 'filters', 'step']))
+value = st.recursive(plain, lambda v: st.lists(v, max_size=4) | st.dictionaries(text, v, max_size=2), max_leaves=6)
+
+class Started(Exception): "Training would begin now."
+
+def command(argv, tmp, capsys, monkeypatch):
+    "Run a command line up to the first training: exit code (None: training would have begun) and the error."
+    def begin(*a, **kw): raise Started
+    monkeypatch.setattr(pipeline.Store, 'ensure', begin)
+    capsys.readouterr()
+    try: code = cli.kesi_run([*argv, '--out', str(tmp/'runs')])
+    except Started: code = None
+    except SystemExit as e: code = e.code
+    shutil.rmtree(tmp/'runs', ignore_errors=True)
+    return code, capsys.readouterr().err
+
+def fine(code, said):
+    assert code in (None, 0, 2), (code, said)
+    if code == 2: assert said.count('\n') == 1 and said.startswith('error: ') and 'Traceback' not in said, said
+    elif code is None: assert 'error' not in said
+
+# A setting as the command line has it
+
+setting = st.one_of(st.builds('{}={}'.format, st.sampled_from(NAMES), st.one_of(text, number.map(str), value.map(lambda v: json.dumps(v)))),
+                    st.builds('{}={}'.format, text, text), text, st.sampled_from(['=', 'lr=', '=1', 'lr==1', 'rates=' + '[' * 9999, 'epochs=1e999', 'lr=1e-999', 'seeds=1e3', 'rates=,,', 'lr=٣', 'epochs=0x10', 'epochs=' + '9' * 5000]))
+option = st.one_of(st.tuples(st.just('--set'), setting),
+                   st.tuples(st.sampled_from(['--seeds', '--budget', '--threads']), st.one_of(number.map(str), text)),
+                   st.tuples(st.sampled_from(['--method', '--variants', '--precision', '--device', '--recipe', '--data-root']), st.one_of(text, st.sampled_from(['meta', 'cuda:99', 'kesi,', 'float16', '/', '.', '/dev/null']))),
+                   st.tuples(st.one_of(text.filter(lambda t: t not in ('-h', '--help')), st.sampled_from(['digits/resnet8', 'digits', 'digits/', '/resnet20', 'digits/resnet9', 'digits/vgg16', 'cifar10/resnet8', '--', '-', '--out']))))
+
+def _check_lines(n, tmp_path, capsys, monkeypatch):
+    seen = {None: 0, 0: 0, 2: 0}
+    @settings(**n)
+    @given(st.lists(option, min_size=1, max_size=3))
+    def check(options):
+        argv = [a for o in options for a in o]
+        assume(not any(a.startswith('--data-root') or a in ('-h', '--help', '--version') for a in argv) or True)
+        code, said = command(argv, tmp_path, capsys, monkeypatch)
+        fine(code, said); seen[code] += 1
+    check()
+    print(seen); assert seen[2] > sum(seen.values()) / 2
+
+def test_command_lines(tmp_path, capsys, monkeypatch): _check_lines(FEW, tmp_path, capsys, monkeypatch)
+@pytest.mark.soak
+def test_many_command_lines(tmp_path, capsys, monkeypatch): _check_lines(MANY, tmp_path, capsys, monkeypatch)
+
+@pytest.mark.parametrize('argv', (['--budget', '1e308'], ['--budget', '1e-308'], ['--threads', '100000'], ['--threads', '99999999999999999999'], ['--device', 'meta'], ['--device', 'cpu', '--threads', '-1'],
+                                  ['--set', 'epochs=1e400'], ['--seeds', '9' * 5000], ['digits/resnet\n20'], ['digits/resnet8', 'x'], ['--out', 'a' * 300], ['--set', 'rates=[[.1]]'], ['--recipe', '/'], ['--recipe', '/dev/null']), ids=lambda a: ' '.join(a)[:40])
+def test_lines_that_once_went_wrong(tmp_path, capsys, monkeypatch, argv):
+    def begin(*a, **kw): raise Started
+    monkeypatch.setattr(pipeline.Store, 'ensure', begin); monkeypatch.chdir(tmp_path)
+    try: code = cli.kesi_run(argv)
+    except SystemExit as e: code = e.code
+    except Started: code = None
+    fine(code, capsys.readouterr().err)
+    assert code == (None if argv == ['--budget', '1e-308'] else 2)
+
+# Recipes
+
+def _check_recipes(n, tmp_path, capsys, monkeypatch):
+    seen = {None: 0, 2: 0}
+    path = tmp_path/'recipe.json'
+    @settings(**n)
+    @given(st.one_of(value, st.dictionaries(st.sampled_from(NAMES), value, min_size=1, max_size=3), text))
+    def check(v):
+        path.write_text(v if isinstance(v, str) else json.dumps(v), encoding='utf-8')
+        code, said = command(['--recipe', str(path)], tmp_path, capsys, monkeypatch)
+        fine(code, said); seen[code] += 1
+    check()
+    print(seen); assert seen[2] > sum(seen.values()) / 2
+
+def test_recipe_files(tmp_path, capsys, monkeypatch): _check_recipes(FEW, tmp_path, capsys, monkeypatch)
+@pytest.mark.soak
+def test_many_recipe_files(tmp_path, capsys, monkeypatch): _check_recipes(MANY, tmp_path, capsys, monkeypatch)
+
+# Plans
+
+def _check_plans(n):
+    @settings(**n)
+    @given(st.sampled_from(['resnet8', 'resnet20', 'preresnet11', 'wrn_10_1', 'vgg16', 'resnet18']), st.one_of(value, st.lists(number, max_size=20)), st.integers(1, 50), st.integers(-1, 70), st.sampled_from(['filters', 'weights']))
+    def check(arch, rates, iterations, multiple, method):
+        try: r = Recipe(arch=arch, rates=rates, shares=rates, iterations=iterations, multiple=multiple, method=method)
+        except UserError as e: assert len(str(e)) < 4000; return
+        assert all(min(r.widths(i)) >= 1 for i in range(r.iterations + 1))           # whatever is accepted can be built
+        assert paper.from_dict(json.loads(paper.to_json(r))) == r
+    check()
+
+def test_plans(): _check_plans(FEW)
+@pytest.mark.soak
+def test_many_plans(): _check_plans(MANY)
+
+# Nothing that is finished is lost by a bad command
+
+def test_bad_commands_leave_a_run_alone(tiny, capsys):
+    out, good = tiny
+    for argv in (['--set', 'epochs=no'], ['--budget', '-1'], ['none/resnet20'], ['digits/none'], ['--device', 'meta'], ['--nonsense'], ['--threads', '0']):
+        try: code = cli.kesi_run([*argv, '--out', str(out)])
+        except SystemExit as e: code = e.code
+        assert code == 2 and capsys.readouterr().err.count('\n') == 1
+    drive.same(out, good)
+
+# Settings of a training, a machine and a store
+
+@pytest.mark.parametrize('bad', (float('nan'), float('inf')))
+def test_numbers_that_are_none(tmp_path, bad):
+    for n in ('lr', 'momentum', 'weight_decay', 'gamma', 'warmup'):
+        with pytest.raises(UserError, match=f'{n} must be a finite number'): training.Training(**{'epochs': 1, 'batch': 1, 'lr': .1, n: bad})
+    with pytest.raises(UserError, match='NaN or infinite'): pipeline.digest({'lr': [bad]})
+    with pytest.raises(StoreError, match='NaN or infinite'): write_json(tmp_path/'x.json', {'loss': bad})
+    assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize('bad', ({'device': 'meta'}, {'device': ''}, {'device': 'cuda:99'}, {'device': 'gpu'}, {'precision': 'half'}, {'threads': 0}, {'threads': 10**6}, {'threads': 1.5}, {'pad': 0}), ids=str)
+def test_machines_that_are_none(bad):
+    with pytest.raises(UserError): Runtime(**bad)
+
+# Data, before training begins
+
+def test_data_that_cannot_be_learnt(tmp_path, monkeypatch):
+    d = drive.blobs()
+    def begin(*a, **kw): raise Started
+    monkeypatch.setattr(training, '_epoch', begin)
+    one = torch.zeros_like(d.train.labels)
+    wrong = {'one class': lambda: replace(d, train=Split(d.train.images, one)), 'no test images': lambda: replace(d, test=Split(d.test.images[:0], d.test.labels[:0])),
+             'one size': lambda: replace(d, test=Split(d.test.images[..., :4], d.test.labels)), 'labels must be from 0 to 3; found 9': lambda: replace(d, train=Split(d.train.images, one + 9)),
+             'found -1': lambda: replace(d, test=Split(d.test.images, one - 1)), 'uint8': lambda: Split(d.train.images.float(), one), 'int64': lambda: Split(d.train.images, one.float()),
+             'at least 2': lambda: replace(d, classes=('a',)), 'positive std': lambda: Dataset('x', d.train, d.test, d.classes, (.5,), (0.,))}
+    for said, make in wrong.items():
+        monkeypatch.setattr(pipeline, 'load', lambda name, root=None: make())
+        with pytest.raises(UserError, match=said): pipeline.run(drive.TINY, tmp_path/'runs', drive.RT, say=None)
+    assert not (tmp_path/'runs').exists()
+
+def test_terminals_without_letters(tmp_path):
+    "A console that only knows ASCII gets replacements, not a crash after an hour of computing."
+    import subprocess, sys
+    done = subprocess.run([sys.executable, '-c', 'import sys; from kesi.cli import kesi_run; sys.exit(kesi_run(["--list"]))'], capture_output=True, env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
+    assert done.returncode == 0 and b'resnet20' in done.stdout

@@ -1,0 +1,226 @@
+"A run that is killed, stopped or starved goes on where it was, and ends with the same bits."
+import json, os, signal, subprocess, time
+from dataclasses import replace
+import drive, pytest, torch
+from kesi import cli, pipeline, training
+from kesi.runtime import Diverged, Runtime, StoreError
+
+def finished_at_last(out, good, tiny=True, log=None):
+    assert drive.finish(out, tiny=tiny, log=log) == 0, out.with_suffix('.log').read_text()
+    drive.same(out, good)
+    assert not drive.debris(out)
+
+def kill_at_random(out, good, n, rng, span, tiny=True, number=signal.SIGKILL):
+    "Interrupt a run n times at random moments, then let it finish; where it finished too early, begin again beside it."
+    done, kills, folder = 0, 0, out
+    while kills < n:
+        p = drive.start(folder, tiny=tiny)
+        p.join(rng.uniform(.02, span))
+        if p.is_alive(): os.kill(p.pid, number); p.join(); kills += 1; assert p.exitcode in (-number, 130, 1), p.exitcode
+        else: assert p.exitcode == 0; drive.same(folder, good); done += 1; folder = out.with_name(f'{out.name}-{done}')
+    finished_at_last(folder, good, tiny)
+    return kills
+
+# SIGKILL
+
+@pytest.mark.parametrize('moment', ('write', 'before', 'after'))
+def test_killed_around_a_rename(tmp_path, tiny, rng, moment):
+    "Half written, written but not renamed, renamed but nothing else done."
+    for n in rng.sample(range(3, 9), 2): assert drive.finish(tmp_path/'runs', tiny=True, kill=(n, moment)) == -signal.SIGKILL
+    finished_at_last(tmp_path/'runs', tiny[1])
+
+def test_killed_at_any_moment(tmp_path, tiny, rng): kill_at_random(tmp_path/'runs', tiny[1], 4, rng, 3)
+
+@pytest.mark.soak
+def test_killed_around_every_kind_of_rename(tmp_path, tiny, rng):
+    kills = 0
+    while drive.finish(tmp_path/'runs', tiny=True, kill=(rng.randint(2, 6), rng.choice(('write', 'before', 'after')))) == -signal.SIGKILL: kills += 1
+    finished_at_last(tmp_path/'runs', tiny[1])
+    print(f'{kills} kills around a rename'); assert kills >= 20
+
+@pytest.mark.soak
+def test_the_digits_killed_twenty_times(tmp_path, rng):
+    begun = time.perf_counter()
+    assert drive.finish(tmp_path/'whole') == 0
+    good, whole = drive.content(tmp_path/'whole'), time.perf_counter() - begun
+    kills = kill_at_random(tmp_path/'runs', good, 24, rng, whole / 5, tiny=False)
+    print(f'{kills} kills at random moments')
+
+# Other ends
+
+@pytest.mark.parametrize('number', (signal.SIGTERM, signal.SIGINT))
+def test_stopped_politely(tmp_path, tiny, rng, number):
+    kill_at_random(tmp_path/'runs', tiny[1], 1, rng, 3, number=number)
+
+def _raise_in_epoch(monkeypatch, when, error):
+    "Let the `when`-th epoch of all end in an exception."
+    real, count = training._epoch, [0]
+    def epoch(*a):
+        count[0] += 1
+        if count[0] == when: raise error
+        return real(*a)
+    monkeypatch.setattr(training, '_epoch', epoch)
+
+@pytest.mark.parametrize('error', (KeyboardInterrupt(), MemoryError(), torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20 GiB'),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")), ids=lambda e: type(e).__name__)
+def test_an_exception_keeps_the_last_epoch(tmp_path, tiny, monkeypatch, capsys, error):
+    "As in a notebook: the cell ends with the exception, and running it again goes on."
+    out, seen = tmp_path/'runs', []
+    _raise_in_epoch(monkeypatch, 4, error)
+    with pytest.raises(type(error)): drive.go(out, drive.TINY, drive.blobs())
+    (checkpoint,) = out.glob('.*.partial/checkpoint.safetensors')
+    assert len(training.read_checkpoint(checkpoint)[1]['history']) == 1 and len(drive.debris(out)) == 1
+    def failing(args): raise error
+    assert cli.guarded(failing, None) == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1 and ('run the same command again' in said or 'smaller batch' in said)
+    real = training._epoch
+    monkeypatch.setattr(training, '_epoch', lambda *a: seen.append(a[6]) or real(*a))
+    drive.go(out, drive.TINY, drive.blobs())
+    assert len(seen) == 2 + 2 * 2 + 2 - 3                       # three epochs were done, none is repeated
+    drive.same(out, tiny[1])
+
+@pytest.mark.soak
+def test_interrupted_notebook(tmp_path, tiny):
+    "A kernel interrupted in the middle of a cell; the same cell, run again, goes on."
+    from jupyter_client.manager import start_new_kernel
+    manager, client = start_new_kernel(kernel_name='python3', env={**os.environ, 'PYTHONPATH': os.pathsep.join([os.path.dirname(drive.__file__), os.environ.get('PYTHONPATH', '')])})
+    try:
+        def cell(code, stop=None):
+            asked = client.execute(code)
+            if stop: time.sleep(stop); manager.interrupt_kernel()
+            while (reply := client.get_shell_msg(timeout=300))['parent_header'].get('msg_id') != asked: pass
+            return reply['content']
+        assert cell('import drive, torch; torch.set_num_threads(1); data = drive.blobs()')['status'] == 'ok'
+        code = f'home = drive.go({str(tmp_path/"runs")!r}, drive.TINY, data)'
+        ends = [cell(code, stop).get('ename') for stop in (1, .7, 1.5)]
+        assert 'KeyboardInterrupt' in ends and set(ends) <= {'KeyboardInterrupt', None}
+        assert cell(code)['status'] == 'ok'
+    finally: client.stop_channels(); manager.shutdown_kernel(now=True)
+    drive.same(tmp_path/'runs', tiny[1])
+
+# Losses that are no numbers
+
+@pytest.mark.parametrize('first, split', ((1, 'train'), (2, 'train'), (1, 'test'), (2, 'test')))
+def test_no_number(tmp_path, monkeypatch, first, split):
+    count, real_epoch, real_test = [0], training._epoch, training.evaluate
+    def epoch(*a):
+        count[0] += 1
+        return real_epoch(*a) * (float('nan') if split == 'train' and count[0] >= first else 1)
+    monkeypatch.setattr(training, '_epoch', epoch)
+    monkeypatch.setattr(training, 'evaluate', lambda *a: (float('inf'), 0.) if split == 'test' and count[0] >= first else real_test(*a))
+    with pytest.raises(Diverged) as e: drive.go(tmp_path/'runs', drive.TINY, drive.blobs())
+    said = str(e.value)
+    for word in ('baseline-', f'the {split} loss became', f'epoch {first}', 'learning rate', 'try a lower'): assert word in said, said
+    assert ('last good epoch is kept' in said) == (first == 2)
+    kept = list((tmp_path/'runs').glob('.*.partial/checkpoint.safetensors'))
+    assert [len(training.read_checkpoint(p)[1]['history']) for p in kept] == [1] * (first == 2)
+
+def test_no_number_in_the_finished_network(tmp_path, monkeypatch):
+    real = pipeline.predict
+    monkeypatch.setattr(pipeline, 'predict', lambda *a: real(*a) * float('nan'))
+    with pytest.raises(Diverged, match='baseline-.*test loss of the finished network is nan'): drive.go(tmp_path/'runs', drive.TINY, drive.blobs())
+
+# Full disks
+
+def starved(out, good, limits, log):
+    for limit in limits:
+        assert drive.finish(out, tiny=True, log=log, limit=limit) == 1
+        said = log.read_text().splitlines()[-1]
+        assert said.startswith('error: cannot write') and 'too large' in said, said
+        assert not [p for p in out.rglob('*.tmp')] and not list(out.glob('.*.new'))
+    finished_at_last(out, good, log=log)
+
+def test_a_limit_on_file_sizes(tmp_path, tiny): starved(tmp_path/'runs', tiny[1], (20, 400_000), tmp_path/'log')
+
+@pytest.mark.soak
+def test_many_limits_on_file_sizes(tmp_path, tiny):
+    starved(tmp_path/'runs', tiny[1], (0, 100, 1_000, 5_000, 100_000, 200_000, 300_000, 320_000, 500_000), tmp_path/'log')
+
+@pytest.mark.soak
+def test_a_full_file_system(tmp_path, tiny):
+    disk = tmp_path/'disk'; disk.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=100k', 'tmpfs', str(disk)], capture_output=True).returncode: pytest.skip('needs the right to mount a file system')
+    try:
+        for size in ('100k', '500k', '1m', '2m', '3m', '4m'):
+            subprocess.run(['mount', '-o', f'remount,size={size}', str(disk)], check=True)
+            code = drive.finish(disk/'runs', tiny=True, log=tmp_path/'log')
+            assert code == 1 and 'No space left' in (tmp_path/'log').read_text().splitlines()[-1] or code == 0
+            if size in ('100k', '500k'): assert code == 1
+        subprocess.run(['mount', '-o', 'remount,size=100m', str(disk)], check=True)
+        finished_at_last(disk/'runs', tiny[1], log=tmp_path/'log')
+    finally: subprocess.run(['umount', str(disk)], check=True)
+
+def test_an_unwritable_place(tmp_path, tiny):
+    (tmp_path/'file').write_text('mine')
+    assert drive.finish(tmp_path/'file'/'runs', tiny=True, log=tmp_path/'log') == 2
+    assert (tmp_path/'file').read_text() == 'mine' and 'cannot be used as a run folder' in (tmp_path/'log').read_text()
+
+# Races
+
+def race(out, good, recipes=(None, None), **how):
+    both = [drive.start(out, r, tiny=True, **how) for r in recipes]
+    for p in both: p.join()
+    assert [p.exitcode for p in both] == [0] * len(both), out.with_suffix('.log').read_text()
+    if good is not None: drive.same(out, good)
+    return out.with_suffix('.log').read_text()
+
+def test_two_processes(tmp_path, tiny):
+    said = race(tmp_path/'runs', tiny[1])
+    assert 'waiting: process' in said and said.count('baseline: test accuracy') == 1      # each stage was computed by one of them
+    assert not drive.debris(tmp_path/'runs')
+
+HOT = replace(drive.TINY, temperature=2.)
+
+def test_two_recipes_share_stages(tmp_path, tiny):
+    said = race(tmp_path/'runs', None, (drive.TINY, HOT))
+    assert len(list((tmp_path/'runs').glob('distill-*'))) == 2 and len(list((tmp_path/'runs').glob('baseline-*'))) == 1
+    assert said.count('baseline: test accuracy') == 1
+    for n, value in tiny[1].items(): assert drive.content(tmp_path/'runs')[n] == value
+
+@pytest.mark.soak
+@pytest.mark.parametrize('turn', range(6))
+def test_many_races(tmp_path, tiny, rng, turn):
+    "Three processes; with and without locks; some of them killed and started again."
+    out, how = tmp_path/'runs', {'lockless': bool(turn % 2)}
+    if turn >= 2:
+        several = [drive.start(out, tiny=True, **how) for _ in range(3)]
+        time.sleep(rng.uniform(.5, 4))
+        several[0].kill()
+        for p in several: p.join()
+        # without locks a process may find its checkpoint cleared away by one that was faster: an error, and nothing lost
+        assert all(p.exitcode in (0, -9) or turn % 2 and p.exitcode == 1 for p in several), out.with_suffix('.log').read_text()
+    race(out, tiny[1], (None,) * 3, **how)
+
+def test_two_processes_without_locks(tmp_path, tiny):
+    said = race(tmp_path/'runs', tiny[1], lockless=True)
+    assert 'no locks' in said
+
+def test_a_killed_holder_frees_its_lock(tmp_path, tiny):
+    out = tmp_path/'runs'
+    assert drive.finish(out, tiny=True, kill=(4, 'before')) == -9
+    assert list(out.glob('.locks/*.owner'))
+    finished_at_last(out, tiny[1])
+    assert 'waiting' not in out.with_suffix('.log').read_text()
+
+# Another machine
+
+def test_other_threads_warn_and_go_on(tmp_path):
+    said, recipe = [], replace(drive.TINY, variants=('pfec',), iterations=1)
+    drive.go(tmp_path/'runs', recipe, drive.blobs())
+    stage = pipeline.graph(recipe, 0, drive.blobs(), drive.RT)['baseline']
+    def stop(r): raise KeyboardInterrupt
+    kw = dict(seed=(0, 'baseline'), checkpoint=tmp_path/'c')
+    with pytest.raises(KeyboardInterrupt): training.fit(pipeline.build(stage.spec, 0), drive.blobs(), stage.training, rt=Runtime(threads=1), on_epoch=stop, **kw)
+    _, history = training.fit(pipeline.build(stage.spec, 0), drive.blobs(), stage.training, rt=Runtime(threads=2), say=said.append, **kw)
+    assert len(history) == 2 and '1 there, 2 here' in said[0] and 'last digits' in said[0]
+
+def test_a_checkpoint_that_cannot_be_moved(tmp_path, monkeypatch):
+    (tmp_path/'c').write_bytes(b'broken')
+    def no(*a): raise PermissionError(1, 'not permitted')
+    monkeypatch.setattr(type(tmp_path), 'rename', no)
+    with pytest.raises(StoreError, match='cannot be renamed'): training._set_aside(tmp_path/'c', 'it is broken', print)
+
+def test_store_of_another_version(tmp_path):
+    tmp_path.joinpath('store.json').write_text(json.dumps({'schema': 99}))
+    with pytest.raises(pipeline.UserError, match='another version of kesi .schema 99'): pipeline.Store(tmp_path)

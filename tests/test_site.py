@@ -69,13 +69,13 @@ def chromium(width=1300, dark=False):
     options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
     driver = webdriver.Chrome(options=options, service=Service(CHROMEDRIVER))
     try:
-        driver.set_page_load_timeout(60); driver.set_script_timeout(60)
+        driver.set_page_load_timeout(180); driver.set_script_timeout(180)
         driver.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 600))
         driver.execute_cdp_cmd('Emulation.setEmulatedMedia', {'features': [{'name': 'prefers-color-scheme', 'value': 'dark' if dark else 'light'}]})
         yield driver
     finally: driver.quit()
 
-def until(condition, seconds=60, what=''):
+def until(condition, seconds=120, what=''):
     "Wait for a condition; its value."
     end = time.monotonic() + seconds
     while not (value := condition()):
@@ -160,7 +160,7 @@ def lab(tmp_path_factory):
             assert server.poll() is None, (home/'log').read_text()
             with socket.socket() as s: return s.connect_ex(('127.0.0.1', port)) == 0
         try:
-            until(listens, 90, 'JupyterLab')
+            until(listens, 300, 'JupyterLab')
             yield f'http://127.0.0.1:{port}', home/'nbs'
         finally:
             server.terminate()
@@ -171,7 +171,7 @@ def run_all(driver, address, name, seconds):
     "Open a notebook, run it from top to bottom, and return its cells."
     driver.get(f'{address}/lab/tree/{name}?token=test&reset')
     until(lambda: driver.execute_script('''const app = window.jupyterapp, w = app && app.shell && app.shell.currentWidget;
-        return !!(w && w.context && w.context.isReady && w.sessionContext.isReady && w.sessionContext.session && w.sessionContext.session.kernel)'''), 90, f'{name} with its kernel')
+        return !!(w && w.context && w.context.isReady && w.sessionContext.isReady && w.sessionContext.session && w.sessionContext.session.kernel)'''), 300, f'{name} with its kernel')
     driver.execute_script('''window.finished = null; const app = window.jupyterapp;
         app.commands.execute('notebook:clear-all-cell-outputs').then(() => app.commands.execute('notebook:run-all-cells')).then(() => window.finished = 'yes', e => window.finished = String(e))''')
     until(lambda: driver.execute_script('return window.finished'), seconds, f'{name} to run')
@@ -193,17 +193,17 @@ def test_the_playground_moves(lab):
         cells = run_all(driver, address, 'tutorials/playground.ipynb', 300)
         assert [o for c in cells if c['cell_type'] == 'code' for o in c['outputs'] if o['output_type'] == 'error'] == []
         mine = lambda: driver.execute_script("return [...document.querySelectorAll('.jupyter-widgets .kesi-costs')].map(e => e.rows[3].innerText).join('')")
-        before = until(mine, 30, 'the table of costs')
+        before = until(mine, 120, 'the table of costs')
         handles = driver.find_elements('css selector', '.jupyter-widgets .noUi-handle')
         driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", handles[2])
         for _ in range(3): handles[2].send_keys(Keys.ARROW_RIGHT)          # the rate of the third stage
-        after = until(lambda: (now := mine()) != before and now, 30, 'new numbers')
+        after = until(lambda: (now := mine()) != before and now, 120, 'new numbers')
         number = lambda row: int(re.search(r'[\d,]{4,}', row)[0].replace(',', ''))
         assert number(after) < number(before)
         button = driver.find_element('css selector', '.jupyter-widgets.jupyter-button')
         driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", button); button.click()
         plan = folder/'tutorials'/'plan.json'
-        until(plan.exists, 30, 'the recipe')
+        until(plan.exists, 120, 'the recipe')
     short = ['epochs=1', 'retrain_epochs=1', 'distill_epochs=1', 'iterations=1', 'seeds=1']
     done = python('-c', 'import sys; from kesi.cli import kesi_run; sys.exit(kesi_run())', '--recipe', plan, '--out', folder/'runs', *(a for s in short for a in ('--set', s)), env={**os.environ, 'PYTHONPATH': str(ROOT)})
     assert done.returncode == 0, done.stderr

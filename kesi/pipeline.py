@@ -16,14 +16,14 @@ import safetensors.torch, torch
 from fastcore.basics import patch
 from tqdm import tqdm
 from . import __version__, paper
-from .data import Dataset, Loader, hold_out, load
+from .data import Dataset, hold_out, load
 from .distill import distill
 from .macs import count
 from .models import Network, Spec, build, load as load_network, save
 from .paper import Recipe, UserError
 from .pruning import prune_filters, prune_weights
 from .runtime import DamagedFile, KesiError, Runtime, StoreError, auto, describe, digest, locked, sha256, write_atomic, write_json
-from .training import Training, fit, predict
+from .training import Training, answers, fit, loaders
 
 # %% ../nbs/10_kesi.ipynb #5bc4a435
 def _plain(v):
@@ -213,11 +213,16 @@ def network(self: Store, stage) -> Network:
     "The network of a finished stage."
     return load_network(self.path(stage)/'model.safetensors')
 
+@patch
+def keep(self: Store, net, path):
+    "Write a network to a file; stores of other networks have their own way (chapter 12)."
+    save(net, path)
+
 # %% ../nbs/10_kesi.ipynb #40394c2a
 def measure(net: Network, data: Dataset, rt: Runtime) -> tuple[dict, dict]:
     "What a manifest says about a network, and its logits on the test split with the labels."
-    z = predict(rt.place(net), Loader(data, data.test, 500, rt), rt).float().cpu()
-    y = data.test.labels
+    z, y = answers(rt.place(net), loaders(data, 500, rt)[1], rt)
+    z, y = z.float().cpu(), y.cpu()
     metrics = {'accuracy': (z.argmax(1) == y).double().mean().item(), 'loss': torch.nn.functional.cross_entropy(z, y).item(), **dataclasses.asdict(count(net, data.size))}
     return metrics, {'logits': z, 'labels': y}
 
@@ -225,7 +230,7 @@ def measure(net: Network, data: Dataset, rt: Runtime) -> tuple[dict, dict]:
 def finish(self: Store, stage, net, history, data, rt, seconds):
     "Write a stage's files into its working folder and make it appear."
     work = self.work(stage)
-    save(net, work/'model.safetensors'); write_json(work/'history.json', history)
+    self.keep(net, work/'model.safetensors'); write_json(work/'history.json', history)
     metrics, predictions = measure(net, data, rt)
     write_atomic(work/'predictions.safetensors', safetensors.torch.save(predictions))
     m = {'schema': SCHEMA, 'kind': stage.kind, 'key': stage.key, 'stage': stage.described(), 'parents': [p.key for p in stage.parents], 'metrics': metrics,
@@ -275,10 +280,10 @@ def work_of(r: Recipe, stages: dict, data: Dataset) -> dict[str, float]:
 
 class Progress:
     "Where a run is, and how long it will take. Draws a bar on a terminal, and says one line per finished stage."
-    def __init__(self, seeds, r, data, store, say):
+    def __init__(self, seeds, r, data, store, say, work=work_of):
         self.say, self.names, self.work, self.begun, self.done = say, {}, {}, time.perf_counter(), 0.
         for i, stages in enumerate(seeds):
-            self.work.update(work_of(r, stages, data))
+            self.work.update(work(r, stages, data))
             self.names.update({s.key: (f'seed {i+1}/{len(seeds)} · {n}' + (f'/{r.iterations}' if ' ' in n else ''), s.training.epochs) for n, s in stages.items()})
         missing = [s for s in {s.key: s for stages in seeds for s in stages.values()}.values() if not store.path(s).exists()]
         self.total = sum(self.work[s.key] * s.training.epochs for s in missing)

@@ -7,12 +7,11 @@ __all__ = ['LOSSES', 'unwrapped', 'check_network', 'classes_of', 'Group', 'group
            'save', 'load', 'Batches', 'Source', 'Trained', 'Cut', 'Again', 'Strangers', 'chain', 'Compressed',
            'preview', 'compress']
 
-# %% ../nbs/12_any_network.ipynb #1ebfbe35
+# %% ../nbs/12_any_network.ipynb #63005066
 import contextlib, copy, dataclasses, hashlib, json, tempfile, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 import safetensors.torch, torch, torch.nn.functional as F
-from fastcore.basics import patch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
@@ -388,7 +387,7 @@ class Source:
     def images(self, split): return len(getattr(self.ours, split) if self.ours else getattr(self, split).dataset)
     def loaders(self, batch, rt): return loaders(self.ours, batch, rt) if self.ours else (Batches(self.train, rt), Batches(self.test, rt))
 
-# %% ../nbs/12_any_network.ipynb #40867f03
+# %% ../nbs/12_any_network.ipynb #60ce2568
 LOSSES = {'cross-entropy': lambda z, y: F.cross_entropy(z, y), 'label-smoothing': lambda z, y: F.cross_entropy(z, y, label_smoothing=.1)}
 
 @dataclass(frozen=True)
@@ -398,29 +397,22 @@ class Trained(Stage):
     network: str        # name of its class
     weights: str        # digest of its weights
     on: Numerics
+    def compute(self, network, data, rt, **kw): return network(None), []
 
 @dataclass(frozen=True)
 class Cut(Prune):
     "Prune a network that we did not build."
     shape: tuple | None = None
     streams: bool | None = None
+    def compute(self, network, data, rt, **kw): return cut(network(self.parent), self.shape, self.rates, self.multiple or 1, bool(self.streams)), []
 
 @dataclass(frozen=True)
 class Again(Retrain):
     "Train a pruned network on, with a loss by name."
     loss: str = 'cross-entropy'
-
-@patch
-def compute(self: Trained, network, data, rt, **kw): return network(None), []
-
-@patch
-def compute(self: Cut, network, data, rt, **kw):
-    return cut(network(self.parent), self.shape, self.rates, self.multiple or 1, bool(self.streams)), []
-
-@patch
-def compute(self: Again, network, data, rt, **kw):
-    def objective(net, x, y): z = net(x); return LOSSES[self.loss](z, y), z
-    return fit(network(self.parent), data, self.training, objective, seed=(self.seed, 'retrain', self.step), rt=rt, **kw)
+    def compute(self, network, data, rt, **kw):
+        def objective(net, x, y): z = net(x); return LOSSES[self.loss](z, y), z
+        return fit(network(self.parent), data, self.training, objective, seed=(self.seed, 'retrain', self.step), rt=rt, **kw)
 
 # %% ../nbs/12_any_network.ipynb #5da578ad
 class Strangers(Store):

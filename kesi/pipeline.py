@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'Stage', 'Numerics', 'Baseline', 'Prune', 'Retrain', 'Distill', 'trainings', 'numerics', 'graph', 'lineage',
            'Store', 'read_manifest', 'measure', 'work_of', 'Progress', 'slug', 'run']
 
-# %% ../nbs/10_kesi.ipynb #569cf239
+# %% ../nbs/10_kesi.ipynb #e8a0900a
 import contextlib, dataclasses, errno, functools, json, math, os, shutil, time
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
@@ -23,7 +23,7 @@ from .models import Network, Spec, build, load as load_network, pretrained, save
 from .paper import Recipe, UserError
 from .pruning import prune_filters, prune_weights
 from .runtime import DamagedFile, Diverged, KesiError, Runtime, StoreError, auto, describe, digest, locked, sha256, sync_folder, write_atomic, write_json
-from .training import Training, fit, predict
+from .training import Training, answers, fit, loaders
 
 # %% ../nbs/10_kesi.ipynb #5bc4a435
 def _plain(v):
@@ -195,7 +195,7 @@ class Store:
         except OSError as e: raise StoreError(f'{why}; and it cannot be moved to {str(aside)!r}: {e.strerror}') from e
         self.say(f'{why}; it is set aside in {aside} and made again')
 
-# %% ../nbs/10_kesi.ipynb #a37e316e
+# %% ../nbs/10_kesi.ipynb #4fa1bd7b
 def read_manifest(folder) -> dict:
     "A stage's manifest after checking it and every file that it names; `DamagedFile` where something is wrong."
     folder = Path(folder)
@@ -236,7 +236,7 @@ def keep(self: Store, net, path):
     "Write a network to a file; stores of other networks have their own way (chapter 12)."
     save(net, path)
 
-# %% ../nbs/10_kesi.ipynb #e54fbb92
+# %% ../nbs/10_kesi.ipynb #b5674195
 def measure(net: Network, data: Dataset, rt: Runtime) -> tuple[dict, dict]:
     "What a manifest says about a network, and its logits on the test split with the labels."
     z, y = answers(rt.place(net), loaders(data, 500, rt)[1], rt)
@@ -245,9 +245,9 @@ def measure(net: Network, data: Dataset, rt: Runtime) -> tuple[dict, dict]:
     if not math.isfinite(metrics['loss']): raise Diverged(f'the test loss of the finished network is {metrics["loss"]}; try a lower learning rate or float32 precision')
     return metrics, {'logits': z, 'labels': y}
 
-def _fill(folder, stage, net, history, data, rt, seconds):
+def _fill(keep, folder, stage, net, history, data, rt, seconds):
     "Write a stage's files into a folder, the manifest last."
-    save(net, folder/'model.safetensors'); write_json(folder/'history.json', history)
+    keep(net, folder/'model.safetensors'); write_json(folder/'history.json', history)
     metrics, predictions = measure(net, data, rt)
     write_atomic(folder/'predictions.safetensors', safetensors.torch.save(predictions))
     m = {'schema': SCHEMA, 'kind': stage.kind, 'key': stage.key, 'stage': stage.described(), 'parents': [p.key for p in stage.parents], 'metrics': metrics,
@@ -260,7 +260,7 @@ def finish(self: Store, stage, net, history, data, rt, seconds):
     "Write a stage's files into a folder of our own, and make it appear under the stage's name."
     new = self.root/f'.{stage.folder}.{os.getpid()}-{os.urandom(4).hex()}.new'
     try:
-        _fill(new, stage, net, history, data, rt, seconds)
+        _fill(self.keep, new, stage, net, history, data, rt, seconds)
         os.rename(new, self.path(stage))
     except (OSError, KesiError) as e:
         shutil.rmtree(new, ignore_errors=True)
@@ -308,7 +308,7 @@ def _compute(self: Store, stage, data, rt, on_epoch):
     try: self.finish(stage, *stage.compute(self.network, data, rt, **how), data, rt, time.perf_counter() - begun)
     except Diverged as e: raise Diverged(f'{stage.folder}: {e}') from e
 
-# %% ../nbs/10_kesi.ipynb #a07f201c
+# %% ../nbs/10_kesi.ipynb #1dab74ef
 @functools.lru_cache(maxsize=None)
 def _macs(spec, size): return count(spec, size).macs
 

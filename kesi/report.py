@@ -136,7 +136,7 @@ def differences(report: dict) -> str: # Markdown
         rows.append(f'| {labels[a]} > {labels[b]} | {d["mean"]:+.2f} | {interval} | {verdict} |')
     return '\n'.join(rows)
 
-# %% ../nbs/11_report.ipynb #3395e29e
+# %% ../nbs/11_report.ipynb #aae545f0
 COLORS = {'baseline': '#6b6b6b', 'pfec': '#d1495b', 'one-cycle': '#3b6fb6', 'ensemble': '#e0a030', 'kesi': '#2a9d6f'}
 
 def figure(rows=1, cols=1, size=(9, 3), **kw):
@@ -166,7 +166,7 @@ def plot_run(report: dict, seed: int = 0): # index among the finished seeds
     bottom.plot(len(base), 100 * stages['baseline']['accuracy'], 'o', color=COLORS['baseline'], ms=5)
     low = min(100 * s['accuracy'] for s in stages.values())
     bottom.set(xlabel='epoch', ylabel='test accuracy (%)', ylim=(max(0, low - 3 * max(1, 100 - low) / 2), 100.2)); top.set(yscale='log', ylabel='learning rate')
-    bottom.legend(ncols=4, fontsize=8, loc='lower right')
+    fig.legend(*bottom.get_legend_handles_labels(), ncols=4, fontsize=8, loc='outside upper center')
     return fig
 
 # %% ../nbs/11_report.ipynb #e4dee630

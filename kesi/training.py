@@ -6,7 +6,7 @@
 __all__ = ['Training', 'learning_rates', 'momenta', 'cross_entropy', 'optimizer', 'zero_masks', 'keep_zeros', 'answers',
            'predict', 'evaluate', 'write_checkpoint', 'read_checkpoint', 'loaders', 'fit']
 
-# %% ../nbs/07_lr_restarting.ipynb #34367a86
+# %% ../nbs/07_lr_restarting.ipynb #b87506c1
 import copy, hashlib, json, math, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from .data import Dataset, Loader
 from .models import Network
 from .paper import UserError
 from .pruning import conv_weights, narrow, scatter_state, slice_state, widen
-from .runtime import DamagedFile, Diverged, Runtime, StoreError, describe, digest, write_atomic
+from .runtime import DamagedFile, Diverged, Runtime, StoreError, derive_seed, describe, digest, write_atomic
 
 # %% ../nbs/07_lr_restarting.ipynb #ad971814
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def keep_zeros(masks):
     "Put the zeros back."
     for w, m in masks: w.mul_(m)
 
-# %% ../nbs/07_lr_restarting.ipynb #b9279d96
+# %% ../nbs/07_lr_restarting.ipynb #7ec48ea5
 @torch.no_grad()
 def answers(net: nn.Module,        # any network, on the runtime's device
             loader: Loader,        # images in order
@@ -129,7 +129,7 @@ def read_checkpoint(path) -> tuple[dict, dict]:
     except (OSError, RuntimeError, ValueError, TypeError, safetensors.SafetensorError) as e: raise DamagedFile(f'cannot read checkpoint {str(path)!r}: {e}') from e
     raise DamagedFile(f'checkpoint {str(path)!r} is damaged: its checksum does not match')
 
-# %% ../nbs/07_lr_restarting.ipynb #9029de44
+# %% ../nbs/07_lr_restarting.ipynb #204362cd
 class _Padded:
     "A network inside a wider one whose widths are multiples of `rt.pad`, and the way back."
     def __init__(self, net, rt):
@@ -171,7 +171,7 @@ def _unpack(tensors, opt, padded):
         for n, p in padded.net.named_parameters():
             if n in state: opt.state[p][kind] = torch.empty_like(p).copy_(state[n]) if state[n].ndim else state[n].to(p.device)
 
-# %% ../nbs/07_lr_restarting.ipynb #ff5a9b5c
+# %% ../nbs/07_lr_restarting.ipynb #186cad28
 def _epoch(net, loader, objective, opt, masks, rates, seed, rt):
     "One epoch of training; mean loss and accuracy, still on the device."
     net.train()
@@ -194,7 +194,7 @@ def _check(record, what, kept):
     if bad: raise Diverged(f'{what}: {" and ".join(bad)} in epoch {record["epoch"]} at learning rate {record["lr"]:g}; '
                            'try a lower learning rate, a longer warm-up or float32 precision.' + ' The last good epoch is kept.' * kept)
 
-# %% ../nbs/07_lr_restarting.ipynb #8fe5c8e7
+# %% ../nbs/07_lr_restarting.ipynb #4e1826da
 def _identity(net, data, training, seed, rt):
     "Names a training: the start, the images, the settings and the seed."
     start = _fingerprint({n: t.detach().cpu().contiguous() for n, t in net.state_dict().items()}, '')

@@ -279,7 +279,7 @@ def tidy(self: Store, stage):
         for t in work.glob('.*.tmp'): t.unlink()
         work.rmdir()
 
-# %% ../nbs/10_kesi.ipynb #7957592c
+# %% ../nbs/10_kesi.ipynb #c8984264
 @patch
 def ensure(self: Store,
            stage: Stage,        # what is wanted
@@ -303,7 +303,7 @@ def ensure(self: Store,
 @patch
 def _compute(self: Store, stage, data, rt, on_epoch):
     work, begun = self.work(stage), time.perf_counter()
-    if work.exists() and not work.is_dir(): self.set_aside(work, f'{str(work)!r} is no folder')
+    if os.path.lexists(work) and not work.is_dir(): self.set_aside(work, f'{str(work)!r} is no folder')
     how = {} if stage.kind == 'prune' else dict(checkpoint=work/'checkpoint.safetensors', on_epoch=on_epoch and functools.partial(on_epoch, stage), say=self.say)
     try: self.finish(stage, *stage.compute(self.network, data, rt, **how), data, rt, time.perf_counter() - begun)
     except Diverged as e: raise Diverged(f'{stage.folder}: {e}') from e

@@ -47,11 +47,19 @@ def die_at(n, moment):
         fsync_(fd)
     os.replace, os.rename, os.fsync = moved(replace_), moved(rename_), synced
 
+class Limited:
+    "A log that may grow while all other files are limited in size."
+    def __init__(self, file, limit): self.file, self.limit = file, limit; self.set(limit)
+    def set(self, limit): resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    def write(self, text): self.set(resource.RLIM_INFINITY); self.file.write(text); self.file.flush(); self.set(self.limit)
+    def flush(self): pass
+    def isatty(self): return False
+
 def child(out, recipe, tiny, how, log):
     "One process; its exit code is the command's. What it says goes into the file `log`."
     sys.stdout = sys.stderr = open(log, 'a', buffering=1)
     if 'kill' in how: die_at(*how['kill'])
-    if 'limit' in how: resource.setrlimit(resource.RLIMIT_FSIZE, (how['limit'], how['limit']))
+    if 'limit' in how: sys.stdout = sys.stderr = Limited(sys.stdout, how['limit'])
     if how.get('lockless'):
         import filelock
         def none(self, *a, **kw): raise OSError(errno.ENOSYS, 'no locks here')

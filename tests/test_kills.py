@@ -33,10 +33,13 @@ def test_killed_at_any_moment(tmp_path, tiny, rng): kill_at_random(tmp_path/'run
 
 @pytest.mark.soak
 def test_killed_around_every_kind_of_rename(tmp_path, tiny, rng):
-    kills = 0
-    while drive.finish(tmp_path/'runs', tiny=True, kill=(rng.randint(2, 6), rng.choice(('write', 'before', 'after')))) == -signal.SIGKILL: kills += 1
-    finished_at_last(tmp_path/'runs', tiny[1])
-    print(f'{kills} kills around a rename'); assert kills >= 20
+    kills, turn = 0, 0
+    while kills < 30:
+        code = drive.finish(tmp_path/f'runs{turn}', tiny=True, kill=(rng.randint(2, 14), rng.choice(('write', 'before', 'after'))))
+        if code == -signal.SIGKILL: kills += 1
+        else: assert code == 0; drive.same(tmp_path/f'runs{turn}', tiny[1]); turn += 1
+    finished_at_last(tmp_path/f'runs{turn}', tiny[1])
+    print(f'{kills} kills around a rename')
 
 @pytest.mark.soak
 def test_the_digits_killed_twenty_times(tmp_path, rng):

@@ -106,7 +106,7 @@ const ready = window.MathJax && MathJax.startup ? MathJax.startup.promise : Prom
 ready.then(() => Promise.all(all('article img').map(e => e.decode().catch(() => 0)))).then(look);'''
 
 @browser_test
-@pytest.mark.parametrize('width, dark', [(1300, False), (390, True), (1300, True), (390, False)])
+@pytest.mark.parametrize('width, dark', [(1300, False), (390, True), (1100, True), (390, False)])
 def test_pages_look_right(site, width, dark):
     "No errors, no other hosts, all formulas and pictures there, nothing wider than the window, text and ground apart."
     every = pages(site)

@@ -136,7 +136,7 @@ def test_search_and_folded_solutions(site):
         fold = find('details.hide')[-1]
         code = fold.find_element('css selector', '.highlight')
         assert fold.find_element('css selector', 'summary').text.strip() and not code.is_displayed()
-        driver.execute_script('arguments[0].scrollIntoView()', fold)
+        driver.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", fold)
         fold.find_element('css selector', 'summary').click()
         until(code.is_displayed, what='the unfolded solution')
 
@@ -195,13 +195,13 @@ def test_the_playground_moves(lab):
         mine = lambda: driver.execute_script("return [...document.querySelectorAll('.jupyter-widgets .kesi-costs')].map(e => e.rows[3].innerText).join('')")
         before = until(mine, 120, 'the table of costs')
         handles = driver.find_elements('css selector', '.jupyter-widgets .noUi-handle')
-        driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", handles[2])
+        driver.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", handles[2])
         for _ in range(3): handles[2].send_keys(Keys.ARROW_RIGHT)          # the rate of the third stage
         after = until(lambda: (now := mine()) != before and now, 120, 'new numbers')
         number = lambda row: int(re.search(r'[\d,]{4,}', row)[0].replace(',', ''))
         assert number(after) < number(before)
         button = driver.find_element('css selector', '.jupyter-widgets.jupyter-button')
-        driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", button); button.click()
+        driver.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", button); button.click()
         plan = folder/'tutorials'/'plan.json'
         until(plan.exists, 120, 'the recipe')
     short = ['epochs=1', 'retrain_epochs=1', 'distill_epochs=1', 'iterations=1', 'seeds=1']

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'TABLE1', 'TABLE2', 'VARIANTS', 'RECIPES', 'UserError', 'family', 'stages', 'full_widths', 'expand',
-           'plan', 'shrink', 'shares', 'Row', 'published', 'Rule', 'Recipe', 'to_json', 'from_dict', 'from_file',
-           'with_settings', 'recipe']
+           'plan', 'shrink', 'shares', 'Row', 'published', 'Rule', 'is_own', 'Recipe', 'to_json', 'from_dict',
+           'from_file', 'with_settings', 'recipe']
 
 # %% ../nbs/00_paper.ipynb #1c018be1
 import dataclasses, json, math, re
@@ -176,8 +176,12 @@ _not_negative = _number('from 0', lambda v: v >= 0)
 _share = _number('from 0 to below 1', lambda v: 0 <= v < 1)
 _up_to_one = _number('above 0, at most 1', lambda v: 0 < v <= 1)
 def _text(text, ok): return Rule(text, lambda v: isinstance(v, str) and ok(v))
+def is_own(arch: str) -> bool: # is it a network that is not one of ours, named `own:…` (chapter 12)?
+    "Recipes of networks that we did not build say so in their name."
+    return str(arch).startswith('own:') and len(arch) > 4
+
 def _known(arch):
-    try: return bool(family(arch))
+    try: return is_own(arch) or bool(family(arch))
     except UserError: return False
 
 VARIANTS = ('pfec', 'one-cycle', 'kesi')
@@ -228,6 +232,7 @@ class Recipe:
         self._check_plan()
 
     def _check_plan(self):
+        if is_own(self.arch): return                         # its widths are known when the network is seen
         if self.init == 'imagenet' and family(self.arch) != 'imagenet': raise UserError(f'init=imagenet exists for resnet18 and resnet34 only, not for {self.arch}')
         if self.method == 'filters': self.widths(self.iterations)
         elif (n := len(self.pruning)) != self.iterations: raise UserError(f'shares must have one number per pruning: {self.iterations}, got {n}')
@@ -242,6 +247,7 @@ from fastcore.basics import patch
 @patch(as_prop=True)
 def pruning(self: Recipe) -> tuple[float, ...]:
     "Filters: the rates of one pruning, one per width. Weights: the share of zeros after each pruning."
+    if is_own(self.arch): return (self.rates if self.method == 'filters' else self.shares) or ()
     if self.method == 'filters': return plan(self.arch) if self.rates is None else expand(self.arch, self.rates)
     return shares(self.arch)[:self.iterations] if self.shares is None else self.shares
 

@@ -16,7 +16,7 @@ import safetensors.torch, torch
 from fastcore.basics import patch
 from tqdm import tqdm
 from . import __version__, paper
-from .data import Dataset, Loader, hold_out, load
+from .data import Dataset, hold_out, load
 from .distill import distill
 from .macs import count
 from .models import Network, Spec, build, load as load_network, pretrained, save
@@ -195,7 +195,7 @@ class Store:
         except OSError as e: raise StoreError(f'{why}; and it cannot be moved to {str(aside)!r}: {e.strerror}') from e
         self.say(f'{why}; it is set aside in {aside} and made again')
 
-# %% ../nbs/10_kesi.ipynb #2ce2ec14
+# %% ../nbs/10_kesi.ipynb #a37e316e
 def read_manifest(folder) -> dict:
     "A stage's manifest after checking it and every file that it names; `DamagedFile` where something is wrong."
     folder = Path(folder)
@@ -204,7 +204,7 @@ def read_manifest(folder) -> dict:
     if not isinstance(m, dict) or not isinstance(m.get('schema'), int): raise DamagedFile(f'{str(folder)!r}: the manifest is not one of kesi')
     if m['schema'] > SCHEMA: raise StoreError(f'{str(folder)!r} was written by a newer kesi (schema {m["schema"]}; this one reads up to {SCHEMA}); update kesi, choose another folder with --out, or move this one away')
     try: own = digest({k: v for k, v in m.items() if k != 'sha256'}, 64)
-    except UserError: own = None
+    except UserError: own = object()                          # NaN: equal to nothing
     if m.get('sha256') != own: raise DamagedFile(f'{str(folder)!r}: the manifest does not match its own checksum')
     if not isinstance(m.get('files'), dict) or not set(_FILES) <= set(m['files']): raise DamagedFile(f'{str(folder)!r}: the manifest is not complete')
     for name, sum_ in m['files'].items():
@@ -231,11 +231,16 @@ def network(self: Store, stage) -> Network:
     "The network of a finished stage."
     return load_network(self.path(stage)/'model.safetensors')
 
+@patch
+def keep(self: Store, net, path):
+    "Write a network to a file; stores of other networks have their own way (chapter 12)."
+    save(net, path)
+
 # %% ../nbs/10_kesi.ipynb #e54fbb92
 def measure(net: Network, data: Dataset, rt: Runtime) -> tuple[dict, dict]:
     "What a manifest says about a network, and its logits on the test split with the labels."
-    z = predict(rt.place(net), Loader(data, data.test, 500, rt), rt).float().cpu()
-    y = data.test.labels
+    z, y = answers(rt.place(net), loaders(data, 500, rt)[1], rt)
+    z, y = z.float().cpu(), y.cpu()
     metrics = {'accuracy': (z.argmax(1) == y).double().mean().item(), 'loss': torch.nn.functional.cross_entropy(z, y).item(), **dataclasses.asdict(count(net, data.size))}
     if not math.isfinite(metrics['loss']): raise Diverged(f'the test loss of the finished network is {metrics["loss"]}; try a lower learning rate or float32 precision')
     return metrics, {'logits': z, 'labels': y}
@@ -316,10 +321,10 @@ def work_of(r: Recipe, stages: dict, data: Dataset) -> dict[str, float]:
 
 class Progress:
     "Where a run is, and how long it will take. Draws a bar on a terminal, and says one line per finished stage."
-    def __init__(self, seeds, r, data, store, say):
+    def __init__(self, seeds, r, data, store, say, work=work_of):
         self.say, self.names, self.work, self.begun, self.done = say, {}, {}, time.perf_counter(), 0.
         for i, stages in enumerate(seeds):
-            self.work.update(work_of(r, stages, data))
+            self.work.update(work(r, stages, data))
             self.names.update({s.key: (f'seed {i+1}/{len(seeds)} · {n}' + (f'/{r.iterations}' if ' ' in n else ''), s.training.epochs) for n, s in stages.items()})
         missing = [s for s in {s.key: s for stages in seeds for s in stages.values()}.values() if not store.path(s).exists()]
         self.total = sum(self.work[s.key] * s.training.epochs for s in missing)

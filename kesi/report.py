@@ -161,10 +161,10 @@ def plot_run(report: dict, seed: int = 0): # index among the finished seeds
             begun += len(s['history'])
             bottom.plot(begun, 100 * s['accuracy'], 'o', color=COLORS[chain], ms=5)
     if 'kesi' in stages: _course(bottom, stages['kesi']['history'], 'test_accuracy', begun, 100, color=COLORS['kesi'], lw=1.3, label=labels['kesi']); _course(top, stages['kesi']['history'], 'lr', begun, color=COLORS['kesi'], lw=1.3)
-    base = stages['baseline']['history']
+    base = stages['baseline']['history']                 # empty where the network came trained
     _course(top, base, 'lr', 0, color=COLORS['baseline'], lw=1.3); _course(bottom, base, 'test_accuracy', 0, 100, color=COLORS['baseline'], lw=1.3, label=labels['baseline'])
-    bottom.plot(len(base), 100 * base[-1]['test_accuracy'], 'o', color=COLORS['baseline'], ms=5)
-    low = min(100 * s['history'][-1]['test_accuracy'] for s in stages.values())
+    bottom.plot(len(base), 100 * stages['baseline']['accuracy'], 'o', color=COLORS['baseline'], ms=5)
+    low = min(100 * s['accuracy'] for s in stages.values())
     bottom.set(xlabel='epoch', ylabel='test accuracy (%)', ylim=(max(0, low - 3 * max(1, 100 - low) / 2), 100.2)); top.set(yscale='log', ylabel='learning rate')
     bottom.legend(ncols=4, fontsize=8, loc='lower right')
     return fig

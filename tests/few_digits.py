@@ -1,0 +1,17 @@
+"Run every network once with one method on three dozen digits, through the command itself. Usage: few_digits.py METHOD"
+import dataclasses, json, sys
+from pathlib import Path
+from kesi import cli, data, paper
+
+full = data.load('digits')
+few = dataclasses.replace(full, train=data.Split(full.train.images[:24], full.train.labels[:24]), test=data.Split(full.test.images[:12], full.test.labels[:12]))
+data._LOADERS['digits'] = lambda root=None: few
+data.load.cache_clear()
+
+method = sys.argv[1]
+for arch in paper.NETWORKS:
+    args = [f'digits/{arch}', '--method', method, '--seeds', '1', '--budget', '0.001', '--set', 'iterations=1', '--set', 'variants=kesi', '--threads', '1', '--out', f'runs-{method}']
+    assert cli.kesi_run(args) == 0, arch
+    report = json.loads(next(Path(f'runs-{method}/reports').rglob(f'{arch}*/report.json')).read_text())
+    kesi = report['table'][-1]
+    assert kesi['variant'] == 'kesi' and kesi['nonzero_params'] < report['table'][0]['params'], arch

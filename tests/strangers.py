@@ -1,0 +1,33 @@
+"Networks that kesi did not build, at random weights: factories by name, as a caller has them."
+import functools
+import torch, torchvision
+import torch.nn.functional as F
+from torch import nn
+
+class Handmade(nn.Module):
+    "A residual block, a depthwise convolution, a concatenation, a bias and a hidden linear layer."
+    def __init__(self, classes=10):
+        super().__init__()
+        conv = lambda i, o, **kw: nn.Sequential(nn.Conv2d(i, o, 3, padding=1, **kw), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
+        self.stem, self.down, self.inner = conv(3, 24), conv(24, 32, stride=2), conv(32, 48)
+        self.outer = nn.Sequential(nn.Conv2d(48, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32))
+        self.depthwise, self.left, self.right = conv(32, 32, groups=32), conv(32, 40), conv(32, 24)
+        self.squeeze, self.head = conv(64, 20, stride=2), nn.Sequential(nn.Linear(20 * 4 * 4, 32), nn.ReLU(), nn.Dropout(.1), nn.Linear(32, classes))
+    def forward(self, x):
+        x = self.down(self.stem(x))
+        x = self.depthwise(F.relu(x + self.outer(self.inner(x))))
+        x = self.squeeze(torch.cat([self.left(x), self.right(x)], 1))
+        return self.head(F.adaptive_avg_pool2d(x, 4).flatten(1))
+
+def _vision(name): return torchvision.models.get_model(name, weights=None, num_classes=10)
+
+FACTORIES = {'handmade': Handmade, **{n: functools.partial(_vision, n) for n in ('resnet50', 'mobilenet_v2', 'densenet121', 'efficientnet_b0')}}
+SHAPE = (3, 64, 64)
+
+@functools.cache
+def pruned(name):
+    "The unpruned network and the one that a pruning by 30 % leaves."
+    from kesi.anynet import cut
+    torch.manual_seed(0)
+    net = FACTORIES[name]().eval()
+    return net, cut(net, SHAPE, .3)

@@ -1,0 +1,71 @@
+"What must hold for the repository as a whole: sources and what falls out of them are in step, and the notebooks are fit to be read."
+import json, os, re, shutil, subprocess, sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+MACHINE_PATH = re.compile(r'(/root/|/work/|/tmp/|/home/\w+/|/Users/\w+/)')
+
+
+def source(cell): return ''.join(cell['source'])
+def code_cells(nb): return [c for c in nb['cells'] if c['cell_type'] == 'code' and source(c).strip()]
+def shown(cell): return not re.search(r'^#\|\s*(hide|default_exp|export|eval:\s*false)', source(cell), re.M)
+
+
+def printed(output):
+    data = output.get('data', {})
+    return json.dumps([output.get('text'), data.get('text/plain'), data.get('text/html'), data.get('text/markdown')])
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_fit_to_be_read(path):
+    nb = json.loads(path.read_text())
+    outputs = [o for c in code_cells(nb) for o in c['outputs']]
+    if any(map(shown, code_cells(nb))): assert outputs, 'committed without outputs; run `make notebooks`'
+    for o in outputs:
+        assert o['output_type'] != 'error'
+        assert o.get('name') != 'stderr', printed(o)
+        assert 'Warning' not in printed(o)
+        assert not MACHINE_PATH.search(printed(o)), printed(o)
+    assert path.stat().st_size < 1_500_000
+    for c in code_cells(nb): assert source(c).count('\n') < 40, source(c)[:200]
+
+
+def test_package_is_in_step_with_notebooks(tmp_path):
+    "Exporting again changes nothing."
+    for name in ('nbs', 'kesi'): shutil.copytree(ROOT/name, tmp_path/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for name in ('settings.ini', 'setup.py', 'pyproject.toml'): shutil.copy(ROOT/name, tmp_path/name)
+    subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'],
+                   cwd=tmp_path, check=True, capture_output=True, env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    for p in sorted((ROOT/'kesi').glob('*.py')):
+        assert (tmp_path/'kesi'/p.name).read_text() == p.read_text(), f'{p.name} is not what the notebooks export; run nbdev_export'
+
+
+def test_readme_is_in_step_with_index():
+    done = subprocess.run([sys.executable, 'docs/readme.py', '--check'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def order():
+    "Module → number of the first notebook that exports to it."
+    found = {}
+    for p in NOTEBOOKS:
+        for c in code_cells(json.loads(p.read_text())):
+            for name in re.findall(r'^#\|\s*default_exp\s+(\w+)', source(c), re.M): found[name] = p.stem
+    return found
+
+
+def test_modules_import_only_lower_numbers():
+    numbers = order()
+    for name, number in numbers.items():
+        top = re.findall(r'^from (?:kesi)?\.(\w*) import|^from \.(\w+) import|^from kesi import (.+)$', (ROOT/'kesi'/f'{name}.py').read_text(), re.M)
+        for module in (m for groups in top for g in groups for m in re.split(r'[,\s]+', g) if m in numbers):
+            assert numbers[module] < number, f'{name} ({number}) imports {module} ({numbers[module]})'
+
+
+@pytest.mark.parametrize('name', sorted(order()))
+def test_exported_module_stands_alone(name):
+    "Every module imports in a fresh process, without nbdev."
+    code = f'import sys; sys.modules["nbdev"] = None; import kesi.{name}; assert {name!r} != "paper" or "torch" not in sys.modules'
+    subprocess.run([sys.executable, '-W', 'error::SyntaxWarning', '-c', code], cwd=ROOT, check=True)

@@ -26,7 +26,8 @@ def kd_loss(student_logits,     # N×K
     "T² times the KL divergence from the teachers' to the student's softened probabilities."
     if reduction not in ('batchmean', 'mean'): raise UserError(f'reduction must be batchmean or mean; got {reduction!r}')
     q = F.log_softmax(student_logits / temperature, 1)
-    return temperature**2 * F.kl_div(q, teacher_probs.detach(), reduction=reduction)
+    loss = temperature**2 * F.kl_div(q, teacher_probs.detach(), reduction='batchmean')
+    return loss / q.shape[1] if reduction == 'mean' else loss      # torch's own 'mean' is about to change its meaning
 
 # %% ../nbs/09_kd_loss.ipynb #c52d7404
 def freeze(net: nn.Module,  # stays as it is

@@ -106,7 +106,7 @@ const ready = window.MathJax && MathJax.startup ? MathJax.startup.promise : Prom
 ready.then(() => Promise.all(all('article img').map(e => e.decode().catch(() => 0)))).then(look);'''
 
 @browser_test
-@pytest.mark.parametrize('width, dark', [(1300, False), (390, True), (1300, True), (390, False)])
+@pytest.mark.parametrize('width, dark', [(1300, False), (390, True), (1100, True), (390, False)])
 def test_pages_look_right(site, width, dark):
     "No errors, no other hosts, all formulas and pictures there, nothing wider than the window, text and ground apart."
     every = pages(site)
@@ -136,7 +136,7 @@ def test_search_and_folded_solutions(site):
         fold = find('details.hide')[-1]
         code = fold.find_element('css selector', '.highlight')
         assert fold.find_element('css selector', 'summary').text.strip() and not code.is_displayed()
-        driver.execute_script('arguments[0].scrollIntoView()', fold)
+        driver.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", fold)
         fold.find_element('css selector', 'summary').click()
         until(code.is_displayed, what='the unfolded solution')
 
@@ -195,13 +195,13 @@ def test_the_playground_moves(lab):
         mine = lambda: driver.execute_script("return [...document.querySelectorAll('.jupyter-widgets .kesi-costs')].map(e => e.rows[3].innerText).join('')")
         before = until(mine, 120, 'the table of costs')
         handles = driver.find_elements('css selector', '.jupyter-widgets .noUi-handle')
-        driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", handles[2])
+        driver.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", handles[2])
         for _ in range(3): handles[2].send_keys(Keys.ARROW_RIGHT)          # the rate of the third stage
         after = until(lambda: (now := mine()) != before and now, 120, 'new numbers')
         number = lambda row: int(re.search(r'[\d,]{4,}', row)[0].replace(',', ''))
         assert number(after) < number(before)
         button = driver.find_element('css selector', '.jupyter-widgets.jupyter-button')
-        driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", button); button.click()
+        driver.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", button); button.click()
         plan = folder/'tutorials'/'plan.json'
         until(plan.exists, 120, 'the recipe')
     short = ['epochs=1', 'retrain_epochs=1', 'distill_epochs=1', 'iterations=1', 'seeds=1']

@@ -7,7 +7,6 @@ __all__ = ['guarded', 'chosen', 'listing', 'kesi_run', 'kesi_report', 'chosen_ne
 
 # %% ../nbs/16_cli.ipynb #ebf732be
 import argparse, os, sys
-from dataclasses import replace
 from . import __version__, paper
 from .paper import UserError
 

@@ -20,7 +20,7 @@ soak: .venv/developer       ## the long tests: many kills, races, full disks, hu
 
 notebooks: .venv/developer  ## export the package, execute all notebooks in place, clean them, write README.md
 	$(PATHS) $(BIN)/nbdev_export
-	for n in $(NOTEBOOKS); do echo $$n; $(PATHS) $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace $$n || exit 1; done
+	for n in $(NOTEBOOKS); do echo $$n; $(PATHS) $(ENV) $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace $$n || exit 1; done
 	$(PATHS) $(BIN)/nbdev_clean
 	$(PATHS) $(BIN)/python docs/picture.py
 	$(BIN)/python docs/readme.py

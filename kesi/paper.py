@@ -7,11 +7,11 @@ __all__ = ['NETWORKS', 'TABLE1', 'TABLE2', 'VARIANTS', 'RECIPES', 'UserError', '
            'plan', 'shrink', 'shares', 'Row', 'published', 'Rule', 'is_own', 'Recipe', 'to_json', 'from_dict',
            'from_file', 'with_settings', 'recipe']
 
-# %% ../nbs/00_paper.ipynb #1c018be1
+# %% ../nbs/00_paper.ipynb #8a8ae0a3
 import dataclasses, json, math, re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Callable, NamedTuple
 
 # %% ../nbs/00_paper.ipynb #49eab28f
 class UserError(ValueError):
@@ -156,7 +156,7 @@ def published(network: str,             # name of a network
     "The paper's lines for one network and dataset."
     return {r.variant: r for r in TABLE1 + TABLE2 if r.network == network and r.method == method and data in r.accuracy}
 
-# %% ../nbs/00_paper.ipynb #9e559f2d
+# %% ../nbs/00_paper.ipynb #d1f3c3ce
 class Rule(NamedTuple):
     "What values a field may take."
     text: str        # says in words what is allowed
@@ -187,7 +187,7 @@ def _known(arch):
 VARIANTS = ('pfec', 'one-cycle', 'kesi')
 def _f(default, rule, doc): return field(default=default, metadata={'rule': rule, 'doc': doc})
 
-# %% ../nbs/00_paper.ipynb #278c06c9
+# %% ../nbs/00_paper.ipynb #1b3ce1a0
 @dataclass(frozen=True)
 class Recipe:
     "One experiment: what to train on, what to prune, how to retrain, how to distil. Defaults are the paper's."
@@ -241,7 +241,7 @@ class Recipe:
     @property
     def name(self): return f'{self.data}/{self.arch}'
 
-# %% ../nbs/00_paper.ipynb #ca994f4d
+# %% ../nbs/00_paper.ipynb #bafbb6a0
 from fastcore.basics import patch
 
 @patch(as_prop=True)

@@ -72,7 +72,7 @@ def test_one_damaged_file(copy, tiny, tmp_path, stage, file, kind): try_damage(c
 def test_many_damaged_files(copy, tiny, tmp_path):
     @settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.integers(0, 20), st.sampled_from(FILES), st.sampled_from(KINDS), st.floats(0, 1))
-    def check(*how): try_damage(copy, tiny[1], tmp_path/'trap', *how)
+    def check(stage, file, kind, at): try_damage(copy, tiny[1], tmp_path/'trap', stage, file, kind, at)
     check()
 
 # Files that are no part of a stage

@@ -223,23 +223,27 @@ class Recipe:
     temperature: float = _f(5., _positive, 'distillation: temperature of both softmaxes')
     reduction: str = _f('batchmean', _choice('batchmean', 'mean'), "distillation: KL per image, or divided by the classes too, as in the authors' code")
 
-    def __post_init__(self):
-        for f in fields(self):
-            v = getattr(self, f.name)
-            if isinstance(v, list): object.__setattr__(self, f.name, v := tuple(v))
-            if f.type in ('float', float) and isinstance(v, int) and not isinstance(v, bool): object.__setattr__(self, f.name, v := float(v))
-            if not f.metadata['rule'].ok(v): raise UserError(f'{f.name} must be {f.metadata["rule"].text}; got {v!r}')
-        self._check_plan()
-
-    def _check_plan(self):
-        if is_own(self.arch): return                         # its widths are known when the network is seen
-        if self.init == 'imagenet' and family(self.arch) != 'imagenet': raise UserError(f'init=imagenet exists for resnet18 and resnet34 only, not for {self.arch}')
-        if self.method == 'filters': self.widths(self.iterations)
-        elif (n := len(self.pruning)) != self.iterations: raise UserError(f'shares must have one number per pruning: {self.iterations}, got {n}')
-        elif list(self.pruning) != sorted(self.pruning): raise UserError(f'shares must not fall from one pruning to the next; got {self.pruning}')
+    def __post_init__(self): _check(self)
 
     @property
     def name(self): return f'{self.data}/{self.arch}'
+
+# %% ../nbs/00_paper.ipynb #ffbe1598
+def _check(r):
+    "Hold every field of a recipe against its rule; lists become tuples, and whole numbers become floats where floats are meant."
+    for f in fields(r):
+        v = getattr(r, f.name)
+        if isinstance(v, list): object.__setattr__(r, f.name, v := tuple(v))
+        if f.type in ('float', float) and isinstance(v, int) and not isinstance(v, bool): object.__setattr__(r, f.name, v := float(v))
+        if not f.metadata['rule'].ok(v): raise UserError(f'{f.name} must be {f.metadata["rule"].text}; got {v!r}')
+    if not is_own(r.arch): _check_plan(r)                   # the widths of networks of one's own are known when they are seen
+
+def _check_plan(r):
+    "The plan must leave something of every layer, and fit the number of prunings."
+    if r.init == 'imagenet' and family(r.arch) != 'imagenet': raise UserError(f'init=imagenet exists for resnet18 and resnet34 only, not for {r.arch}')
+    if r.method == 'filters': r.widths(r.iterations)
+    elif (n := len(r.pruning)) != r.iterations: raise UserError(f'shares must have one number per pruning: {r.iterations}, got {n}')
+    elif list(r.pruning) != sorted(r.pruning): raise UserError(f'shares must not fall from one pruning to the next; got {r.pruning}')
 
 # %% ../nbs/00_paper.ipynb #bafbb6a0
 from fastcore.basics import patch

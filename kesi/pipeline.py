@@ -78,6 +78,7 @@ class Prune(Stage):
     multiple: int | None = None  # filters: round kept widths to it
     share: float | None = None   # weights: share of zeros afterwards
 
+# %% ../nbs/10_kesi.ipynb #ff8cd064
 @dataclass(frozen=True)
 class Retrain(Stage):
     "Train the pruned network on."

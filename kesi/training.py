@@ -218,6 +218,7 @@ def _resume(path, opt, padded, of, here, say):
     _unpack(tensors, opt, padded)
     return record['history']
 
+# %% ../nbs/07_lr_restarting.ipynb #72251546
 def loaders(data,                    # a `Dataset`, or anything with a method of this name
             batch: int,              # images per step
             rt: Runtime,

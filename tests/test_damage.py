@@ -209,6 +209,6 @@ def test_a_file_where_a_folder_should_be(copy, where):
 def test_a_disk_that_forgets(tmp_path, monkeypatch):
     "A stage that is damaged as soon as it is written is an error, not an endless loop."
     real = pipeline._fill
-    def fill(folder, *a): real(folder, *a); Path(folder/'history.json').write_text('[]')
+    def fill(keep, folder, *a): real(keep, folder, *a); Path(folder/'history.json').write_text('[]')
     monkeypatch.setattr(pipeline, '_fill', fill)
     with pytest.raises(DamagedFile, match='as soon as it was written'): drive.go(tmp_path/'runs', drive.TINY, drive.blobs())

@@ -280,7 +280,7 @@ def tidy(self: Store, stage):
         for t in work.glob('.*.tmp'): t.unlink()
         work.rmdir()
 
-# %% ../nbs/10_kesi.ipynb #c8984264
+# %% ../nbs/10_kesi.ipynb #a6e8f453
 @patch
 def ensure(self: Store,
            stage: Stage,        # what is wanted
@@ -293,10 +293,10 @@ def ensure(self: Store,
     if (m := self.manifest(stage, mend=False)) and not self.work(stage).exists(): return m
     if not m:
         for p in stage.parents: self.ensure(p, data, rt, on_epoch, on_stage)
-    with locked(self.root/'.locks'/f'{stage.folder}.lock', stage.folder, self.say):
+    with locked(self.root/'.locks'/f'{stage.folder}.lock', stage.folder, self.say) as held:
         m, computed = self.manifest(stage), False
         if not m: self._compute(stage, data, rt, on_epoch); m, computed = self.manifest(stage), True
-        self.tidy(stage)
+        if held: self.tidy(stage)                        # without locks somebody may still work there
     if not m: raise DamagedFile(f'{str(self.path(stage))!r} was damaged as soon as it was written; is the disk sound, or did another program write there?')
     if computed and on_stage: on_stage(stage, m)
     return m

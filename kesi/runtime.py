@@ -21,7 +21,7 @@ class DamagedFile(KesiError): "A file of a run folder does not have the content 
 class Diverged(KesiError): "A loss became NaN or infinite."
 class StoreError(KesiError): "A run folder cannot be read or written."
 
-# %% ../nbs/01_runtime.ipynb #a661ceef
+# %% ../nbs/01_runtime.ipynb #c3aea9e7
 def sync_folder(path):
     "Force a folder's list of names to disk (where the system allows it)."
     with contextlib.suppress(OSError):
@@ -35,22 +35,26 @@ def _clear_unfinished(path, age=3600):
         for t in path.parent.iterdir():
             if t.name.startswith(f'.{path.name}.') and t.suffix == '.tmp' and t.stat().st_mtime < time.time() - age: t.unlink()
 
-def write_atomic(path,            # file to write; its folder is made where it is missing
-                 content,         # bytes, or text (written as UTF-8)
-                ) -> Path:        # the path
-    "Write a file so that it appears all at once. A full disk or an unwritable folder is a `StoreError`."
-    path = Path(path)
-    content = content.encode() if isinstance(content, str) else content
+def _write(path, content):
     temporary = path.with_name(f'.{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, 'wb') as f:
             f.write(content); f.flush(); os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException as e:                                      # Ctrl-C too leaves nothing behind
+    except BaseException:                                           # Ctrl-C too leaves nothing behind
         with contextlib.suppress(OSError): temporary.unlink()
-        if isinstance(e, OSError): raise StoreError(f'cannot write {str(path)!r}: {e.strerror or e}') from e
         raise
+
+def write_atomic(path,            # file to write; its folder is made where it is missing
+                 content,         # bytes, or text (written as UTF-8)
+                ) -> Path:        # the path
+    "Write a file so that it appears all at once. A full disk or an unwritable folder is a `StoreError`."
+    path, content = Path(path), content.encode() if isinstance(content, str) else content
+    try:
+        try: _write(path, content)
+        except FileNotFoundError: _write(path, content)             # another process cleared the folder away meanwhile
+    except OSError as e: raise StoreError(f'cannot write {str(path)!r}: {e.strerror or e}') from e
     sync_folder(path.parent); _clear_unfinished(path)
     return path
 
@@ -75,7 +79,7 @@ def digest(value,           # anything that JSON can hold
     except ValueError as e: raise UserError('settings must not hold NaN or infinite numbers') from e
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
-# %% ../nbs/01_runtime.ipynb #c3bbd9d5
+# %% ../nbs/01_runtime.ipynb #53abba91
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 def _file_lock(path):
@@ -103,14 +107,13 @@ def locked(path,                 # the lock's file
            what: str = 'it',     # named in the message while waiting
            say=print,            # called with one line when somebody else holds the lock
           ):
-    "Hold a lock while the block runs; wait as long as another process holds it."
+    "Hold a lock while the block runs; wait as long as another process holds it. Gives False where there are no locks."
     path = Path(path)
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise StoreError(f'cannot write {str(path.parent)!r}: {e.strerror}') from e
     lock = _file_lock(path)
     try:
-        _acquire(lock, path.with_suffix('.owner'), what, say)
-        yield
+        yield _acquire(lock, path.with_suffix('.owner'), what, say)
     finally: lock.release()
 
 # %% ../nbs/01_runtime.ipynb #201f2ed6

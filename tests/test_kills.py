@@ -84,23 +84,26 @@ def test_an_exception_keeps_the_last_epoch(tmp_path, tiny, monkeypatch, capsys, 
     drive.same(out, tiny[1])
 
 @pytest.mark.soak
-def test_interrupted_notebook(tmp_path, tiny):
+def test_interrupted_notebook(tmp_path):
     "A kernel interrupted in the middle of a cell; the same cell, run again, goes on."
     from jupyter_client.manager import start_new_kernel
     manager, client = start_new_kernel(kernel_name='python3', env={**os.environ, 'PYTHONPATH': os.pathsep.join([os.path.dirname(drive.__file__), os.environ.get('PYTHONPATH', '')])})
+    epochs = lambda: max([0, *(len(training.read_checkpoint(p)[1]['history']) for p in tmp_path.glob('runs/.baseline*.partial/checkpoint.safetensors'))])
+    def cell(code, stop=None):
+        asked = client.execute(code)
+        while stop and epochs() < stop: time.sleep(.02)
+        if stop: manager.interrupt_kernel()
+        while (reply := client.get_shell_msg(timeout=120))['parent_header'].get('msg_id') != asked: pass
+        return reply['content']
     try:
-        def cell(code, stop=None):
-            asked = client.execute(code)
-            if stop: time.sleep(stop); manager.interrupt_kernel()
-            while (reply := client.get_shell_msg(timeout=300))['parent_header'].get('msg_id') != asked: pass
-            return reply['content']
-        assert cell('import drive, torch; torch.set_num_threads(1); data = drive.blobs()')['status'] == 'ok'
-        code = f'home = drive.go({str(tmp_path/"runs")!r}, drive.TINY, data)'
-        ends = [cell(code, stop).get('ename') for stop in (1, .7, 1.5)]
-        assert 'KeyboardInterrupt' in ends and set(ends) <= {'KeyboardInterrupt', None}
-        assert cell(code)['status'] == 'ok'
+        assert cell('import drive, torch; torch.set_num_threads(1); data = drive.blobs(); recipe = drive.replace(drive.TINY, epochs=60)')['status'] == 'ok'
+        code = 'home = drive.go({!r}, recipe, data)'
+        for stop in (3, 8, 15):
+            end = cell(code.format(str(tmp_path/'runs')), stop)
+            assert end.get('ename') == 'KeyboardInterrupt', '\n'.join(end.get('traceback', ['finished too early']))
+        for folder in ('runs', 'whole'): assert cell(code.format(str(tmp_path/folder)))['status'] == 'ok'
     finally: client.stop_channels(); manager.shutdown_kernel(now=True)
-    drive.same(tmp_path/'runs', tiny[1])
+    drive.same(tmp_path/'runs', drive.content(tmp_path/'whole'))
 
 # Losses that are no numbers
 
@@ -191,8 +194,7 @@ def test_many_races(tmp_path, tiny, rng, turn):
         time.sleep(rng.uniform(.5, 4))
         several[0].kill()
         for p in several: p.join()
-        # without locks a process may find its checkpoint cleared away by one that was faster: an error, and nothing lost
-        assert all(p.exitcode in (0, -9) or turn % 2 and p.exitcode == 1 for p in several), out.with_suffix('.log').read_text()
+        assert all(p.exitcode in (0, -9) for p in several), out.with_suffix('.log').read_text()
     race(out, tiny[1], (None,) * 3, **how)
 
 def test_two_processes_without_locks(tmp_path, tiny):

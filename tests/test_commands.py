@@ -1,6 +1,7 @@
 "The commands as a user runs them: in processes of their own."
 import json, subprocess, sys
 from pathlib import Path
+import pytest
 
 SMALL = ('digits/resnet8', '--seeds', '1', '--set', 'iterations=2', '--budget', '0.15', '--threads', '1', '--precision', 'float32')
 
@@ -34,9 +35,9 @@ def test_second_run_computes_nothing(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in stages} == stages
 
 
-def test_every_network_and_method_runs_end_to_end(tmp_path):
+@pytest.mark.parametrize('method', ('filters', 'weights'))
+def test_every_network_runs_end_to_end(tmp_path, method):
     "A handful of batches per stage: one pruning, one epoch of everything, on a few digits for the large networks."
     driver = Path(__file__).with_name('few_digits.py')
-    for method in ('filters', 'weights'):
-        done = subprocess.run([sys.executable, str(driver), method], cwd=tmp_path, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stderr[-2000:]
+    done = subprocess.run([sys.executable, str(driver), method], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]

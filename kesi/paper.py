@@ -187,7 +187,7 @@ def _known(arch):
 VARIANTS = ('pfec', 'one-cycle', 'kesi')
 def _f(default, rule, doc): return field(default=default, metadata={'rule': rule, 'doc': doc})
 
-# %% ../nbs/00_paper.ipynb #1b3ce1a0
+# %% ../nbs/00_paper.ipynb #a91fd7cc
 @dataclass(frozen=True)
 class Recipe:
     "One experiment: what to train on, what to prune, how to retrain, how to distil. Defaults are the paper's."
@@ -228,7 +228,7 @@ class Recipe:
     @property
     def name(self): return f'{self.data}/{self.arch}'
 
-# %% ../nbs/00_paper.ipynb #ffbe1598
+# %% ../nbs/00_paper.ipynb #1e2b4d0a
 def _check(r):
     "Hold every field of a recipe against its rule; lists become tuples, and whole numbers become floats where floats are meant."
     for f in fields(r):
@@ -319,7 +319,7 @@ def with_settings(r: Recipe,
         values[n.strip()] = (v,) if listed and v is not None and not isinstance(v, (tuple, list)) else v
     return from_dict(values, r)
 
-# %% ../nbs/00_paper.ipynb #ac9f44bb
+# %% ../nbs/00_paper.ipynb #fcf417bc
 _BY_DATA = {
     'cifar10': {}, 'cifar100': {},
     'tiny_imagenet': dict(init='imagenet', schedule='one-cycle', epochs=25, batch=128, retrain_epochs=25, distill_epochs=25),
@@ -336,6 +336,6 @@ def recipe(name: str, # `dataset/network`; RECIPES lists the published ones, oth
     "The recipe of that name."
     data, slash, arch = str(name).partition('/')
     if not slash or not data or not arch: raise UserError(f'a recipe is named dataset/network; got {name!r}; for example {", ".join(RECIPES[:3])}')
-    settings = dict(_BY_FAMILY.get(family(arch), {}), **_BY_DATA.get(data, {}))
+    settings = dict(_BY_FAMILY.get(family(arch), {}), **_BY_DATA.get(data.partition('@')[0], {}))      # a subset is trained like the whole
     if settings.get('init') == 'imagenet' and family(arch) != 'imagenet': settings['init'] = 'random'
     return Recipe(data=data, arch=arch, **settings)

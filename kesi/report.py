@@ -140,12 +140,18 @@ def differences(report: dict) -> str: # Markdown
         rows.append(f'| {labels[a]} > {labels[b]} | {d["mean"]:+.2f} | {interval} | {verdict} |')
     return '\n'.join(rows)
 
-# %% ../nbs/11_report.ipynb #aae545f0
+# %% ../nbs/11_report.ipynb #bc26da83
 COLORS = {'baseline': '#6b6b6b', 'pfec': '#d1495b', 'one-cycle': '#3b6fb6', 'ensemble': '#e0a030', 'kesi': '#2a9d6f'}
+
+class _Picture(Figure):
+    "A figure that a notebook shows although pyplot knows nothing of it."
+    def _repr_png_(self):
+        buffer = BytesIO(); self.savefig(buffer, format='png', dpi=110)
+        return buffer.getvalue()
 
 def figure(rows=1, cols=1, size=(9, 3), **kw):
     "A figure on a white ground (so that it is legible on a dark page too), outside pyplot's state."
-    fig = Figure(figsize=size, facecolor='white', layout='constrained')
+    fig = _Picture(figsize=size, facecolor='white', layout='constrained')
     return fig, fig.subplots(rows, cols, **kw)
 
 def _course(ax, h, y, begun, scale=1, **kw): ax.plot([begun + p['epoch'] for p in h], [scale * p[y] for p in h], **kw)

@@ -7,7 +7,7 @@ __all__ = ['STUDIES', 'PEAKS', 'FARTHEST', 'COLORS', 'Fresh', 'Choose', 'chain',
            'height_stages', 'height_ensembles', 'logits', 'growing', 'pairs', 'diversity_ensembles', 'rivals_stages',
            'rivals_ensembles', 'far_stages', 'far_ensembles', 'one_cut', 'beyond_stages', 'lift', 'mix', 'remeasured',
            'along', 'direction', 'plane', 'kept', 'landscape', 'cost_of_training', 'measured', 'file_name', 'run_study',
-           'kesi_study', 'found', 'values', 'interval', 'pm', 'claims', 'about']
+           'kesi_study', 'found', 'values', 'interval', 'pm', 'claims', 'about', 'each', 'mean_bar', 'curve', 'judged']
 
 # %% ../nbs/17_studies.ipynb #57432817
 import copy, dataclasses, json, os
@@ -339,7 +339,7 @@ def kesi_study(argv=None) -> int: # exit code
     "The command `kesi_study`."
     return guarded(_study, _study_parser().parse_args(argv))
 
-# %% ../nbs/17_studies.ipynb #a1194897
+# %% ../nbs/17_studies.ipynb #684c40b2
 def found(name: str, folder='results') -> list[dict]:
     "The results of one study: the digits first, then other datasets, as far as they are there."
     paths = [Path(folder)/f'{name}.json', *sorted(Path(folder).glob(f'{name}-*.json'))]
@@ -378,5 +378,37 @@ def about(result: dict) -> str: # Markdown
     missing = f'; {result["unfinished_seeds"]} more are not finished' if result['unfinished_seeds'] else ''
     return (f'**{r.name}**, {len(result["seeds"])} seed{"s" * (len(result["seeds"]) > 1)}{missing}: {r.epochs} epochs of baseline, {r.retrain_epochs} after each pruning, {r.distill_epochs} of distillation. '
             f'{p["seconds"] / 60:.0f} minutes of computing in all, shared stages included ({machines}).')
+
+def each(name: str, *shows, # functions of one result that give Markdown, a figure or a list of these
+         folder='results'):
+    "Show a study's results, dataset by dataset."
+    from IPython.display import Markdown, display                                # notebooks only
+    results = found(name, folder)
+    if not results: display(Markdown(f'*Not computed yet: `kesi_study {name}` does it.*'))
+    for result in results:
+        if len(results) > 1: display(Markdown(f'**{result["recipe"]["data"]}**'))
+        for show in shows:
+            made = show(result)
+            for m in made if isinstance(made, list) else [made]: display(Markdown(m) if isinstance(m, str) else m)
+
+def mean_bar(ax, x, v, **look):
+    "A mean with its 95 % interval."
+    ax.errorbar(x, np.mean(v), interval(v), **{'fmt': 'o', 'ms': 5, 'capsize': 3, 'lw': 1.3, **look})
+
+def curve(ax, xs, vs, **look):
+    "Means with 95 % intervals, joined by a line; `vs` holds the values over seeds at each x."
+    ax.errorbar(xs, [np.mean(v) for v in vs], [interval(v) for v in vs], **{'marker': 'o', 'ms': 4, 'capsize': 3, 'lw': 1.4, **look})
+
+def judged(result, rows, # triples (name, network, reference)
+          ):
+    "A figure of paired differences: each dot a seed, the bar their mean with its 95 % interval."
+    fig, ax = report.figure(size=(7.6, .34 * len(rows) + 1))
+    for i, (name, a, b) in enumerate(rows):
+        d = values(result, a) - values(result, b)
+        ax.plot(d, np.full(len(d), i) + .22, '.', color='#9a9a9a', ms=5)
+        ax.errorbar(d.mean(), i, xerr=interval(d), fmt='o', ms=6, capsize=3, lw=1.5, color='#444')
+    ax.axvline(0, color=COLORS.get(rows[0][2], '#444'), lw=1.6); ax.set_yticks(range(len(rows)), [n for n, *_ in rows]); ax.invert_yaxis()
+    ax.set_xlabel('difference in test accuracy (points)'); ax.grid(axis='x', alpha=.25)
+    return fig
 
 COLORS = {**report.COLORS, 'cyclic': '#7b5ea7', 'short': '#8a5a44', 'full': '#c49a7c'}

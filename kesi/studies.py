@@ -7,7 +7,8 @@ __all__ = ['STUDIES', 'PEAKS', 'FARTHEST', 'COLORS', 'Fresh', 'Choose', 'chain',
            'height_stages', 'height_ensembles', 'logits', 'growing', 'pairs', 'diversity_ensembles', 'rivals_stages',
            'rivals_ensembles', 'far_stages', 'far_ensembles', 'one_cut', 'beyond_stages', 'lift', 'mix', 'remeasured',
            'along', 'direction', 'plane', 'kept', 'landscape', 'cost_of_training', 'measured', 'file_name', 'run_study',
-           'kesi_study', 'found', 'values', 'interval', 'pm', 'claims', 'about', 'each', 'mean_bar', 'curve', 'judged']
+           'kesi_study', 'found', 'values', 'interval', 'pm', 'claims', 'about', 'each', 'mean_bar', 'curve', 'frame',
+           'judged']
 
 # %% ../nbs/17_studies.ipynb #57432817
 import copy, dataclasses, json, os
@@ -166,7 +167,7 @@ def far_ensembles(g): return {f'ensemble {n}': snapshots(g)[:n + 1] for n in ran
 
 STUDIES['how_far'] = Study('How often can one prune before it breaks?', far_stages, far_ensembles)
 
-# %% ../nbs/17_studies.ipynb #fc957188
+# %% ../nbs/17_studies.ipynb #0928329a
 def one_cut(r, g):
     "All prunings at once, and one cycle as long as all of them; then the distillation."
     first, last, kesi = g['one-cycle 1'], r.widths(r.iterations), g['kesi']
@@ -177,7 +178,7 @@ def one_cut(r, g):
 def beyond_stages(r, seed, data, rt):
     g = graph(r, seed, data, rt)
     ways = {'norm ranking': lambda s, before: replace(s, parent=replace(s.parent, parent=before[-1], by='norm')),
-            'taught': lambda s, before: replace(s, parent=replace(s.parent, parent=before[-1]), teachers=tuple(before), temperature=r.temperature)}
+            'taught': lambda s, before: replace(s, parent=replace(s.parent, parent=before[-1]), teachers=(before[0], *before[1:][-1:]), temperature=r.temperature)}
     for way, change in ways.items():
         members = chain(g, change)
         g = {**g, **named(way, members), f'{way}, distilled': replace(g['kesi'], student=members[-1], teachers=tuple(members))}
@@ -339,7 +340,7 @@ def kesi_study(argv=None) -> int: # exit code
     "The command `kesi_study`."
     return guarded(_study, _study_parser().parse_args(argv))
 
-# %% ../nbs/17_studies.ipynb #684c40b2
+# %% ../nbs/17_studies.ipynb #5bbaf3cb
 def found(name: str, folder='results') -> list[dict]:
     "The results of one study: the digits first, then other datasets, as far as they are there."
     paths = [Path(folder)/f'{name}.json', *sorted(Path(folder).glob(f'{name}-*.json'))]
@@ -398,6 +399,12 @@ def mean_bar(ax, x, v, **look):
 def curve(ax, xs, vs, **look):
     "Means with 95 % intervals, joined by a line; `vs` holds the values over seeds at each x."
     ax.errorbar(xs, [np.mean(v) for v in vs], [interval(v) for v in vs], **{'marker': 'o', 'ms': 4, 'capsize': 3, 'lw': 1.4, **look})
+
+def frame(ax, vs):
+    "Limits of the y axis that show every seed of all the given values; long intervals may leave the frame."
+    low, high = min(map(np.min, vs)), max(map(np.max, vs))
+    margin = .08 * (high - low) or 1.
+    ax.set_ylim(low - margin, high + margin)
 
 def judged(result, rows, # triples (name, network, reference)
           ):

@@ -10,7 +10,7 @@ __all__ = ['STUDIES', 'PEAKS', 'FARTHEST', 'COLORS', 'Fresh', 'Choose', 'chain',
            'kesi_study', 'found', 'values', 'interval', 'pm', 'claims', 'about', 'each', 'mean_bar', 'curve', 'frame',
            'judged']
 
-# %% ../nbs/17_studies.ipynb #57432817
+# %% ../nbs/17_studies.ipynb #57765112
 import copy, dataclasses, json, os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from .data import Dataset, Loader, load
 from .ensemble import correlation, disagreement, mean_probabilities, q_statistic, quality
 from .models import Network, build
 from .paper import Recipe, UserError
-from .pipeline import SCHEMA, Numerics, Retrain, Stage, Store, graph, lineage, trainings, work_of
+from .pipeline import SCHEMA, Numerics, Retrain, Stage, Store, graph, lineage, work_of
 from .pruning import keep_filters, widen
 from .report import paired, provenance, summary
 from .runtime import Runtime, auto, digest, generator, write_json
@@ -81,13 +81,13 @@ class Study:
 
 STUDIES = {}
 
-# %% ../nbs/17_studies.ipynb #03a48d94
+# %% ../nbs/17_studies.ipynb #3987b0e9
 def teachers_stages(r, seed, data, rt):
     g = graph(replace(r, variants=('kesi',)), seed, data, rt)
     kesi, members = g['kesi'], tuple(g[n] for n in snapshots(g))
     best = Choose(members, kesi.on)
     return {**g, 'best': best,
-            'no teacher': Retrain(members[-1], trainings(r)['distill'], seed, r.iterations + 1, kesi.on),
+            'no teacher': Retrain(members[-1], kesi.training, seed, r.iterations + 1, kesi.on),
             'baseline teaches': replace(kesi, teachers=members[:1]),
             'last teaches': replace(kesi, teachers=members[-1:]),
             'best teaches': replace(kesi, teachers=(best,)),

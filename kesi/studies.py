@@ -286,8 +286,13 @@ def measured(store, g, ensembles, data):
                     'cost': cost_of_training(store, [g[m] for m in members], data), 'members': members}
     return found
 
-# %% ../nbs/17_studies.ipynb #4f5c26be
+# %% ../nbs/17_studies.ipynb #a8397714
 def file_name(name, data): return f'{name}.json' if data == 'digits' else f'{name}-{data}.json'
+
+def _check(name, recipe):
+    if name not in STUDIES: raise UserError(f'unknown study {name!r}; allowed are {", ".join(STUDIES)}, and all')
+    if recipe.method != 'filters': raise UserError(f'the studies prune filters; got method={recipe.method}')
+    STUDIES[name].stages(recipe, 0, load('digits'), Runtime())                   # does the plan allow as many prunings as the study makes?
 
 def run_study(name: str,                  # a key of `STUDIES`
               recipe: Recipe,             # what to study; its seeds are the study's
@@ -297,7 +302,7 @@ def run_study(name: str,                  # a key of `STUDIES`
               data_root=None,             # folder of downloaded datasets
               say=print) -> Path:         # the JSON
     "Compute what is missing of a study, and write what it found."
-    if name not in STUDIES: raise UserError(f'unknown study {name!r}; allowed are {", ".join(STUDIES)}')
+    _check(name, recipe)
     study, rt, data, store = STUDIES[name], rt or auto(), load(recipe.data, data_root), Store(out, say)
     path = Path(results or store.root/'studies')/file_name(name, recipe.data)
     graphs, seeds, manifests = [study.stages(recipe, seed, data, rt) for seed in range(recipe.seeds)], [], []
@@ -316,7 +321,7 @@ def run_study(name: str,                  # a key of `STUDIES`
                           'unfinished_seeds': recipe.seeds - len(seeds), 'seeds': seeds, 'provenance': provenance(manifests)})
     return path
 
-# %% ../nbs/17_studies.ipynb #f34e1d4f
+# %% ../nbs/17_studies.ipynb #e2d2b55f
 def _study_parser():
     p = _Parser('kesi_study', description='Recompute studies. What is finished already is not computed again.', allow_abbrev=False)
     p.add_argument('study', nargs='+', metavar='STUDY', help=f'any of {", ".join(STUDIES)}, or all')
@@ -334,6 +339,7 @@ def _study(args):
     r = paper.with_settings(paper.recipe(args.recipe), [*args.settings, f'seeds={args.seeds}'])
     rt = auto(args.device, **({'threads': args.threads} if args.threads is not None else {}))
     names = [m for n in args.study for m in (STUDIES if n == 'all' else [n])]
+    for n in names: _check(n, r)                                                 # all of them before the first one begins
     for n in names: print(run_study(n, r, args.out, args.results, rt, args.data_root, say=lambda line: print(line, flush=True)))
 
 def kesi_study(argv=None) -> int: # exit code

@@ -51,7 +51,7 @@ class Stage:
         values = [getattr(self, f.name) for f in fields(self)]
         return tuple(s for v in values for s in (v if isinstance(v, tuple) else (v,)) if isinstance(s, Stage))
 
-# %% ../nbs/10_kesi.ipynb #04853770
+# %% ../nbs/10_kesi.ipynb #2a4f8e29
 @dataclass(frozen=True)
 class Numerics:
     "What changes the last digits of a training."
@@ -79,7 +79,7 @@ class Prune(Stage):
     share: float | None = None   # weights: share of zeros afterwards
     by: str | None = None        # filters: another ranking than l1
 
-# %% ../nbs/10_kesi.ipynb #b313909f
+# %% ../nbs/10_kesi.ipynb #37d025c3
 @dataclass(frozen=True)
 class Retrain(Stage):
     "Train the pruned network on."

@@ -199,17 +199,17 @@ class Store:
         except OSError as e: raise StoreError(f'{why}; and it cannot be moved to {str(aside)!r}: {e.strerror}') from e
         self.say(f'{why}; it is set aside in {aside} and made again')
 
-# %% ../nbs/10_kesi.ipynb #4fa1bd7b
+# %% ../nbs/10_kesi.ipynb #5edf84e7
 def read_manifest(folder) -> dict:
     "A stage's manifest after checking it and every file that it names; `DamagedFile` where something is wrong."
     folder = Path(folder)
     try: m = json.loads((folder/'manifest.json').read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError) as e: raise DamagedFile(f'{str(folder)!r} has no readable manifest: {e}') from e
     if not isinstance(m, dict) or not isinstance(m.get('schema'), int): raise DamagedFile(f'{str(folder)!r}: the manifest is not one of kesi')
-    if m['schema'] > SCHEMA: raise StoreError(f'{str(folder)!r} was written by a newer kesi (schema {m["schema"]}; this one reads up to {SCHEMA}); update kesi, choose another folder with --out, or move this one away')
     try: own = digest({k: v for k, v in m.items() if k != 'sha256'}, 64)
     except UserError: own = object()                          # NaN: equal to nothing
     if m.get('sha256') != own: raise DamagedFile(f'{str(folder)!r}: the manifest does not match its own checksum')
+    if m['schema'] > SCHEMA: raise StoreError(f'{str(folder)!r} was written by a newer kesi (schema {m["schema"]}; this one reads up to {SCHEMA}); update kesi, choose another folder with --out, or move this one away')
     if not isinstance(m.get('files'), dict) or not set(_FILES) <= set(m['files']): raise DamagedFile(f'{str(folder)!r}: the manifest is not complete')
     for name, sum_ in m['files'].items():
         if sha256(folder/name) != sum_: raise DamagedFile(f'{str(folder/name)!r} does not match its checksum')

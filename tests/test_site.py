@@ -3,13 +3,13 @@ import json, os, re, shutil, socket, subprocess, sys, time
 from html.parser import HTMLParser
 from pathlib import Path
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT/'_docs'/'html'
 CHROMIUM, CHROMEDRIVER = (shutil.which(n) for n in ('chromium', 'chromedriver'))
 FLAGS = ('--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update '
          '--disable-sync --disable-dev-shm-usage --hide-scrollbars').split()
-pytestmark = pytest.mark.xdist_group('site')         # one build of the site, one browser, one JupyterLab for all of them
 browser_test = pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason='needs a browser: apt-get install chromium chromium-driver')
 
 def python(*args, **kw): return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, **kw)
@@ -29,9 +29,14 @@ def test_readme_links_lead_somewhere():
 
 @pytest.fixture(scope='session')
 def site():
-    "The built site; warnings, such as a link that leads nowhere, are errors."
-    done = python('docs/build.py')
-    assert done.returncode == 0, done.stderr[-4000:]
+    "The built site; warnings, such as a link that leads nowhere, are errors. Several workers of one test run build it once."
+    run, mark = os.environ.get('PYTEST_XDIST_TESTRUNUID'), ROOT/'_docs'/'.run'
+    mark.parent.mkdir(exist_ok=True)
+    with FileLock(mark.with_suffix('.lock')):
+        if run is None or not mark.exists() or mark.read_text() != run:
+            done = python('docs/build.py')
+            assert done.returncode == 0, done.stderr[-4000:]
+            mark.write_text(run or '')
     return HTML
 
 def pages(site): return sorted(p.relative_to(site).as_posix() for p in site.rglob('*.html') if not {'_static', '_sources'} & set(p.parts))

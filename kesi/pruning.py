@@ -28,7 +28,7 @@ RANKINGS = {'l1': lambda net, u: l1(_weight(net, u)),                           
 
 # %% ../nbs/06_l1_pruning.ipynb #56d93c6e
 def keep_filters(net: Network,   # its own weights decide
-                 rates,          # share to remove: one for all, one per stage or one per width
+                 rates,          # share to remove: one for all, one per network stage or one per width
                  multiple: int = 1, # round kept widths to a multiple of this
                  by: str = 'l1', # what filters are ranked by: a key of `RANKINGS`
                 ) -> list[torch.Tensor]: # for each unit the numbers of the kept filters, ascending
@@ -70,7 +70,7 @@ def narrow(net: Network, # stays as it is
     return _with_state(replace(net.spec, widths=tuple(widths)), slice_state(net.state_dict(), units, keep), net)
 
 def prune_filters(net: Network,  # stays as it is
-                  rates,         # share to remove: one for all, one per stage or one per width; each in [0, 1)
+                  rates,         # share to remove: one for all, one per network stage or one per width; each in [0, 1)
                   multiple: int = 1, # round kept widths to a multiple of this
                   by: str = 'l1', # what filters are ranked by
                  ) -> Network:   # the narrower network
@@ -162,7 +162,7 @@ def rates_for(arch: str,              # name of a network
               macs: float | None = None,   # share of the MACs that may be left, in (0, 1); or
               params: float | None = None, # share of the parameters that may be left
               iterations: int = 5,    # after how many prunings
-              rates=None,             # the plan to scale: one rate for all, one per stage or one per width; None: the published one
+              rates=None,             # the plan to scale: one rate for all, one per network stage or one per width; None: the published one
               size: int | None = None, # height and width of the image; None: 224 for ResNet-18/34, else 32
               multiple: int = 1,      # round kept widths to a multiple of this
               **spec,                 # `num_classes`, `in_channels`
@@ -192,8 +192,8 @@ def rates_for(arch: str,              # name of a network
 def sensitivity(net: Network,          # a trained network, stays as it is
                 accuracy,              # function: network → a number
                 rates=(0., .2, .4, .6, .8), # rates to try
-               ) -> dict[int, dict[float, float]]: # stage, from 1 → rate → accuracy
-    "Accuracy after pruning one stage alone, for each stage and rate."
+               ) -> dict[int, dict[float, float]]: # network stage, from 1 → rate → accuracy
+    "Accuracy after pruning one network stage alone, for each of them and each rate."
     stages = len(paper.stages(net.spec.arch))
     alone = lambda s, r: [r if i == s else 0. for i in range(stages)]
     return {s + 1: {r: accuracy(prune_filters(net, alone(s, r))) for r in rates} for s in range(stages)}
@@ -201,9 +201,9 @@ def sensitivity(net: Network,          # a trained network, stays as it is
 def show_sensitivity(found, # what `sensitivity` returned
                      ax=None, # axes to draw on; None: new ones
                     ):
-    "One line per stage."
+    "One line per network stage."
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(6, 3))
-    for s, line in found.items(): ax.plot(line.keys(), line.values(), marker='o', label=f'stage {s}')
-    ax.set(xlabel='share of the filters removed in this stage alone', ylabel='accuracy'); ax.legend()
+    for s, line in found.items(): ax.plot(line.keys(), line.values(), marker='o', label=f'network stage {s}')
+    ax.set(xlabel='share of the filters removed in this network stage alone', ylabel='accuracy'); ax.legend()
     return ax

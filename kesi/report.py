@@ -217,7 +217,7 @@ class _Drawing:
         return '\n'.join([head, *self.parts, '</svg>\n'])
 
 def _network(d, arch, widths, x, bottom, color, tallest=76):
-    "A network as one bar per stage, as high as its widest inner layer."
+    "A network as one bar per network stage, as high as its inner layers are wide on average."
     per, full = paper.stages(arch), max(paper.full_widths(arch))
     ends = [sum(per[:i]) for i in range(len(per) + 1)]
     each = 48 / len(per)

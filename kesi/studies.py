@@ -346,7 +346,7 @@ def kesi_study(argv=None) -> int: # exit code
     "The command `kesi_study`."
     return guarded(_study, _study_parser().parse_args(argv))
 
-# %% ../nbs/17_studies.ipynb #5bbaf3cb
+# %% ../nbs/17_studies.ipynb #30bef453
 def found(name: str, folder='results') -> list[dict]:
     "The results of one study: the digits first, then other datasets, as far as they are there."
     paths = [Path(folder)/f'{name}.json', *sorted(Path(folder).glob(f'{name}-*.json'))]
@@ -382,10 +382,11 @@ def about(result: dict) -> str: # Markdown
     "What a result stands on, in two lines."
     r, p = paper.from_dict(result['recipe']), result['provenance']
     machines = '; '.join(f'{m["device"]}, {m["machine"]} {m["cpu"]}, torch {m["torch"]}' for m in p['machines'])
-    missing = f'; {result["unfinished_seeds"]} more are not finished' if result['unfinished_seeds'] else ''
+    missing = f'; {result["unfinished_seeds"]} more not finished yet' if result['unfinished_seeds'] else ''
     return (f'**{r.name}**, {len(result["seeds"])} seed{"s" * (len(result["seeds"]) > 1)}{missing}: {r.epochs} epochs of baseline, {r.retrain_epochs} after each pruning, {r.distill_epochs} of distillation. '
             f'{p["seconds"] / 60:.0f} minutes of computing in all, shared stages included ({machines}).')
 
+# %% ../nbs/17_studies.ipynb #09f3eb47
 def each(name: str, *shows, # functions of one result that give Markdown, a figure or a list of these
          folder='results'):
     "Show a study's results, dataset by dataset."

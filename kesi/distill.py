@@ -17,7 +17,7 @@ from .pruning import widen
 from .runtime import Runtime
 from .training import Training, fit
 
-# %% ../nbs/09_kd_loss.ipynb #008aa3a1
+# %% ../nbs/09_kd_loss.ipynb #f2899a48
 def kd_loss(student_logits,     # N×K
             teacher_probs,      # N×K, softened at the same temperature already; no gradient flows into them
             temperature: float, # above 0

@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'QUICK', 'clock', 'timed', 'take_turns', 'gain', 'median', '
            'textbook', 'ours', 'six_targets', 'random_images', 'snapshots', 'train_flops', 'machine', 'where',
            'Settings', 'data_case', 'training_ways', 'training_cases', 'distillation_case', 'joined', 'inference_ways',
            'inference', 'operations', 'layer_speeds', 'onnx_steps', 'teacher_batches', 'profiles', 'run',
-           'training_table', 'best_way', 'inference_table', 'tables', 'bars', 'write']
+           'training_table', 'best_way', 'inference_table', 'tables', 'fastest', 'bars', 'write']
 
 # %% ../nbs/14_bench.ipynb #16c9cb02
 import copy, functools, math, os, platform, tempfile, time
@@ -403,7 +403,7 @@ def inference_table(found: dict) -> str: # Markdown
                 rows.append(f'| {arch} | {b} | {way} | {1000 * median(old, c):.2f} | {1000 * median(new, c):.2f} | {shown(g)} | {g["median"] / ratio:.0%} of {ratio:.2f} |')
     return '\n'.join(rows)
 
-# %% ../nbs/14_bench.ipynb #86c9e9bb
+# %% ../nbs/14_bench.ipynb #6c8079fa
 def tables(found: dict) -> str: # Markdown
     "Everything as text."
     w, m = found['where'], found['machine']
@@ -411,22 +411,30 @@ def tables(found: dict) -> str: # Markdown
             f'A matrix product reaches {m["flops"] / 1e9:,.0f} GFLOP/s, a copy moves {m["bytes"] / 1e9:.1f} GB/s. Clock: {"processor time" if found["clock"] == "cpu" else "wall"}. Ratios are medians of {found["settings"]["rounds"]} rounds with their quartiles.')
     return '\n\n'.join([head, *([training_table(found)] if found['cases'] else []), *([inference_table(found)] if found['inference'] else [])])
 
-_INK = {'textbook': report.COLORS['baseline'], 'ours': report.COLORS['kesi'], 'MACs': report.COLORS['ensemble']}
+def _bars(ax, gains, label):
+    "One bar per name, with its quartiles; a line at 1."
+    g = list(gains.values())
+    ax.barh(range(len(g)), [x['median'] for x in g], .6, color=report.COLORS['kesi'], xerr=[[x['median'] - x['low'] for x in g], [x['high'] - x['median'] for x in g]], error_kw={'lw': 1})
+    ax.set_yticks(range(len(g)), list(gains), fontsize=8); ax.invert_yaxis()
+    ax.axvline(1, color=report.COLORS['baseline'], lw=1); ax.set_xlabel(label)
+
+def fastest(found: dict) -> dict: # (network, images) → unpruned and pruned network, each in its fastest way; and the MACs ratio
+    "What deploying the pruned network instead of the unpruned one gains, the best way for each."
+    out = {}
+    for arch, one in found['inference'].items():
+        for b, ways in one['batches'].items():
+            old, new = best_way(ways, found['clock'])
+            out[arch, b] = {'ways': (old, new), 'gain': gain(ways[old]['unpruned'], ways[new]['pruned'], found['clock']), 'macs': one['macs'][0] / one['macs'][1]}
+    return out
 
 def bars(found: dict):
     "The ratios as bars with their quartiles: ours against the textbook, and pruned against unpruned beside the MACs."
-    c, (fig, axes) = found['clock'], report.figure(1, 2, (10, 3.4))
-    def draw(ax, labels, gains, color, at=0.):
-        mids = [g['median'] for g in gains]
-        ax.barh(np.arange(len(labels)) + at, mids, .4 if at else .6, color=color, xerr=[[max(0, g['median'] - g['low']) for g in gains], [max(0, g['high'] - g['median']) for g in gains]], error_kw={'lw': 1})
-        ax.set_yticks(range(len(labels)), labels, fontsize=8); ax.invert_yaxis() if not ax.yaxis_inverted() else None
-    cases = {n: gain(k['ways']['textbook'], k['ways']['ours'], c) for n, k in found['cases'].items()}
-    draw(axes[0], list(cases), list(cases.values()), _INK['ours']); axes[0].axvline(1, color=_INK['textbook'], lw=1); axes[0].set_xlabel('ours: times as fast as the textbook')
-    if 'data pipeline' in cases: axes[0].set_xscale('log')
-    rows = [(f'{a}, {b} image{"s" * (b != "1")}', k['macs'][0] / k['macs'][1], gain(w[(p := best_way(w, c))[0]]['unpruned'], w[p[1]]['pruned'], c)) for a, k in found['inference'].items() for b, w in k['batches'].items()]
-    draw(axes[1], [r[0] for r in rows], [r[2] for r in rows], _INK['ours']); axes[1].plot([r[1] for r in rows], range(len(rows)), 'd', color=_INK['MACs'], label='MACs ratio', ls='')
-    axes[1].axvline(1, color=_INK['textbook'], lw=1); axes[1].set_xlabel('pruned: times as fast as unpruned, fastest ways')
-    if rows: axes[1].legend(fontsize=8)
+    c, (fig, (left, right)) = found['clock'], report.figure(1, 2, (10, 3.4))
+    _bars(left, {n: gain(k['ways']['textbook'], k['ways']['ours'], c) for n, k in found['cases'].items()}, 'ours: times as fast as the textbook')
+    left.set_xscale('log'); left.set_xlim(.8); left.set_xticks(t := [1, 2, 5, 10, 20], t); left.minorticks_off()
+    best = fastest(found)
+    _bars(right, {f'{a}, {b} image{"s" * (b != "1")}': v['gain'] for (a, b), v in best.items()}, 'pruned: times as fast, fastest way of each')
+    right.plot([v['macs'] for v in best.values()], range(len(best)), 'd', color=report.COLORS['ensemble'], label='MACs ratio'); right.legend(fontsize=8)
     return fig
 
 def write(found: dict, path) -> Path: # of the JSON; the picture lies beside it

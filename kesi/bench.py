@@ -74,7 +74,7 @@ def shown(g) -> str:
     "A ratio as it stands in tables."
     return f'{g["median"]:.2f} ({g["low"]:.2f}–{g["high"]:.2f})'
 
-# %% ../nbs/14_bench.ipynb #2c45f0be
+# %% ../nbs/14_bench.ipynb #c490a5aa
 class PilImages(torch.utils.data.Dataset):
     "Images one at a time."
     def __init__(self, split, transform): self.images, self.labels, self.transform = split.images.permute(0, 2, 3, 1).numpy(), split.labels.tolist(), transform
@@ -86,7 +86,7 @@ class PilImages(torch.utils.data.Dataset):
 def textbook_loader(data: Dataset, batch: int, device: str = 'cpu') -> DataLoader:
     "torchvision's transforms, image by image; beside a GPU four processes do it."
     from torchvision import transforms as T
-    change = [T.RandomCrop(data.size, padding=data.pad), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(data.mean, data.std)]
+    change = [T.RandomCrop(data.size, padding=data.pad), *[T.RandomHorizontalFlip()] * data.flip, T.ToTensor(), T.Normalize(data.mean, data.std)]
     return DataLoader(PilImages(data.train, T.Compose(change)), batch, shuffle=True, num_workers=0 if device == 'cpu' else 4, persistent_workers=device != 'cpu')
 
 def textbook(net, data: Dataset, batch: int, device: str = 'cpu', teachers=(), temperature: float = 5.):

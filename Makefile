@@ -5,7 +5,7 @@ ENV := OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
 PATHS = PATH="$(CURDIR)/$(BIN):$$PATH"
 NOTEBOOKS = $(shell find nbs -name '*.ipynb' -not -path '*/.*' | sort)
 
-.PHONY: run test soak notebooks docs lab clean
+.PHONY: run test soak bench notebooks docs lab clean
 
 run: .venv/installed        ## the main job: ResNet-20 on digits, 3 seeds, all variants, with a report at the end
 	$(BIN)/kesi_run
@@ -17,6 +17,9 @@ test: .venv/developer       ## everything that must hold before a commit
 
 soak: .venv/developer       ## the long tests: many kills, races, full disks, hundreds of bad inputs
 	$(PATHS) $(ENV) $(BIN)/python -m pytest -q -m soak tests
+
+bench: .venv/developer      ## how fast this machine is: about ten minutes; the measurements go to bench.json, a picture beside them
+	$(PATHS) $(BIN)/kesi_bench
 
 notebooks: .venv/developer  ## export the package, execute all notebooks in place, clean them, write README.md
 	$(PATHS) $(BIN)/nbdev_export

@@ -194,7 +194,7 @@ def _check(record, what, kept):
     if bad: raise Diverged(f'{what}: {" and ".join(bad)} in epoch {record["epoch"]} at learning rate {record["lr"]:g}; '
                            'try a lower learning rate, a longer warm-up or float32 precision.' + ' The last good epoch is kept.' * kept)
 
-# %% ../nbs/07_lr_restarting.ipynb #4e1826da
+# %% ../nbs/07_lr_restarting.ipynb #2eb63162
 def _identity(net, data, training, seed, rt):
     "Names a training: the start, the images, the settings and the seed."
     start = _fingerprint({n: t.detach().cpu().contiguous() for n, t in net.state_dict().items()}, '')
@@ -218,7 +218,7 @@ def _resume(path, opt, padded, of, here, say):
     _unpack(tensors, opt, padded)
     return record['history']
 
-# %% ../nbs/07_lr_restarting.ipynb #72251546
+# %% ../nbs/07_lr_restarting.ipynb #14d69b23
 def loaders(data,                    # a `Dataset`, or anything with a method of this name
             batch: int,              # images per step
             rt: Runtime,

@@ -32,7 +32,7 @@ docs: .venv/docs            ## the site, in _docs/html
 	$(BIN)/python docs/build.py
 
 lab: .venv/developer        ## JupyterLab, opened at the first chapter
-	$(PATHS) $(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) nbs/index.ipynb
+	$(PATHS) $(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir=nbs --LabApp.default_url=/lab/tree/index.ipynb
 
 clean:                      ## remove what was installed and built; run folders stay
 	rm -rf .venv _docs *.egg-info build

@@ -60,7 +60,7 @@ def classes_of(net: nn.Module,
     "Make sure that a network maps images of that shape to one row of logits each."
     for training in (False, True):
         try: out = _try(net, shape, training)
-        except (RuntimeError, ValueError, TypeError, IndexError) as e: raise UserError(f'{type(net).__name__} cannot take images of shape {tuple(shape)} (channels, height, width): {e}') from e
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as e: raise UserError(f'{type(net).__name__} cannot take images of shape {tuple(shape)} (channels, height, width): {e}') from e
         if not isinstance(out, torch.Tensor) or out.ndim != 2 or len(out) != 2:
             what = f'a tensor of shape {tuple(out.shape)}' if isinstance(out, torch.Tensor) else type(out).__name__
             raise UserError(f'{type(net).__name__} must return logits, one row of classes for each image; it returned {what} in {"training" if training else "evaluation"} mode. Auxiliary outputs have to be switched off')

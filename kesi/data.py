@@ -374,11 +374,23 @@ SIZES = {'digits': (1000, 797, 16), 'fashion_mnist': (60_000, 10_000, 28), 'cifa
 @functools.lru_cache(maxsize=2)
 def _load(name, root): return (_folder if name.startswith('folder:') else _LOADERS[name])(name, root)
 
-def load(name: str,   # one of `NAMES`, or `folder:NAME` for images of one's own
+@functools.lru_cache(maxsize=2)
+def _subset(name, root):
+    "`NAME@N`: N training images of a known dataset, as many of each class as in the whole; the test images are all there."
+    from sklearn.model_selection import train_test_split
+    whole, _, n = name.rpartition('@')
+    data = load(whole, root); s = data.train
+    if not n.isdecimal() or not len(data.classes) <= int(n) <= len(s) - len(data.classes): raise UserError(f'{name!r}: a subset of {whole} is named {whole}@N, with N from {len(data.classes)} to {len(s) - len(data.classes)} training images')
+    kept, _ = train_test_split(range(len(s)), train_size=int(n), random_state=0, stratify=s.labels)
+    kept = torch.tensor(sorted(kept))
+    return replace(data, name=name, train=Split(s.images[kept], s.labels[kept]))
+
+def load(name: str,   # one of `NAMES`, `NAME@N` for N of its training images, or `folder:NAME` for images of one's own
          root=None,   # folder of downloaded datasets; None: see `data_root`
         ) -> Dataset:
     "Load a dataset by name; the last two are remembered. What is wrong with its files is a `UserError`."
-    if name not in _LOADERS and not name.startswith('folder:'): raise UserError(f'unknown dataset {name!r}; allowed are {", ".join(NAMES)}, and folder:NAME for images of your own')
+    if name.partition('@')[0] in _LOADERS and '@' in name: return _subset(name, root)
+    if name not in _LOADERS and not name.startswith('folder:'): raise UserError(f'unknown dataset {name!r}; allowed are {", ".join(NAMES)}, each with @N behind it for N of its training images, and folder:NAME for images of your own')
     return _load(name, None if name == 'digits' else data_root(root))
 
 # %% ../nbs/02_data.ipynb #0da59887

@@ -29,7 +29,7 @@ def kd_loss(student_logits,     # N×K
     loss = temperature**2 * F.kl_div(q, teacher_probs.detach(), reduction='batchmean')
     return loss / q.shape[1] if reduction == 'mean' else loss      # torch's own 'mean' is about to change its meaning
 
-# %% ../nbs/09_kd_loss.ipynb #c52d7404
+# %% ../nbs/09_kd_loss.ipynb #5122b526
 def freeze(net: nn.Module,  # stays as it is
            rt: Runtime = Runtime(),
           ) -> nn.Module:   # on the device, in evaluation mode, without gradients
@@ -42,22 +42,28 @@ def freeze(net: nn.Module,  # stays as it is
 
 class Teachers(nn.Module):
     "Frozen networks that give one softened target: the mean of their softened probabilities, N×K."
-    def __init__(self, nets, temperature: float, rt: Runtime = Runtime()):
+    def __init__(self, nets, temperature: float, rt: Runtime = Runtime(),
+                 mean: str = 'probabilities'): # what is averaged: `probabilities`, as in the paper, or `logits`
         super().__init__()
         if not nets: raise UserError('distillation needs at least one teacher')
-        self.nets, self.temperature, self.rt = nn.ModuleList(freeze(n, rt) for n in nets), temperature, rt
+        if mean not in ('probabilities', 'logits'): raise UserError(f'the mean is of probabilities or of logits; got {mean!r}')
+        self.nets, self.temperature, self.rt, self.mean = nn.ModuleList(freeze(n, rt) for n in nets), temperature, rt, mean
 
     @torch.no_grad()
     def forward(self, x):
         with self.rt.autocast(): logits = [net(x) for net in self.nets]
-        return torch.stack([(z.to(self.rt.dtype) / self.temperature).softmax(1) for z in logits]).mean(0)
+        soft = torch.stack([z.to(self.rt.dtype) / self.temperature for z in logits])
+        return soft.mean(0).softmax(1) if self.mean == 'logits' else soft.softmax(2).mean(0)
 
-# %% ../nbs/09_kd_loss.ipynb #2d2ce8cf
-def kd_objective(teachers: Teachers, reduction: str = 'batchmean'):
+# %% ../nbs/09_kd_loss.ipynb #9a730ad3
+def kd_objective(teachers: Teachers, reduction: str = 'batchmean',
+                 hard: float = 0., # weight of the cross-entropy that is added to it
+                ):
     "An objective for `fit`: match the teachers."
     def objective(net, x, y):
         logits = net(x)
-        return kd_loss(logits.to(teachers.rt.dtype), teachers(x), teachers.temperature, reduction), logits
+        loss = kd_loss(logits.to(teachers.rt.dtype), teachers(x), teachers.temperature, reduction)
+        return (loss + hard * F.cross_entropy(logits, y) if hard else loss), logits
     return objective
 
 def distill(student: Network,     # stays as it is; the result starts from its weights
@@ -67,7 +73,9 @@ def distill(student: Network,     # stays as it is; the result starts from its w
             temperature: float = 5.,
             reduction: str = 'batchmean',
             rt: Runtime = Runtime(),
+            hard: float = 0.,     # weight of a cross-entropy with the true labels; the paper has none
+            mean: str = 'probabilities', # of the teachers: `probabilities` or `logits`
             **kw,                 # seed, checkpoint, on_epoch, say: as in `fit`
            ) -> tuple[Network, list[dict]]: # the distilled network, and one record per epoch
     "Train the student to say what the teachers say on average."
-    return fit(student, data, training, kd_objective(Teachers(teachers, temperature, rt), reduction), rt=rt, **kw)
+    return fit(student, data, training, kd_objective(Teachers(teachers, temperature, rt, mean), reduction, hard), rt=rt, **kw)

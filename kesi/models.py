@@ -63,7 +63,7 @@ def widen_shortcut(x,             # N×C×H×W
     if stride > 1: x = F.avg_pool2d(x, stride, ceil_mode=True)
     return F.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1])) if channels > x.shape[1] else x
 
-torch.fx.wrap('widen_shortcut')     # to a tracer (folding norms, chapter 09) this is one operation
+torch.fx.wrap('widen_shortcut')     # to a tracer this is one operation
 
 class BasicBlock(nn.Module):
     "conv-norm-relu-conv-norm, added to the shortcut. `width` is the number of inner filters."
@@ -86,7 +86,7 @@ class Network(nn.Module):
         raise NotImplementedError
 
 class CifarResNet(Network):
-    "ResNet with 6n+2 layers for small images: three stages of n basic blocks, 16, 32 and 64 channels wide."
+    "ResNet with 6n+2 layers for small images: three network stages of n basic blocks, 16, 32 and 64 channels wide."
     def __init__(self, spec: Spec):
         super().__init__()
         self.spec = spec

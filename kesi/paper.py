@@ -37,8 +37,8 @@ def family(arch: str, # name of a network, e.g. `resnet56`
 
 # %% ../nbs/00_paper.ipynb #ccd27165
 def stages(arch: str,            # name of a network
-          ) -> tuple[int, ...]:  # how many prunable widths each stage has
-    "The number of prunable widths in each stage of `arch`."
+          ) -> tuple[int, ...]:  # how many prunable widths each network stage has
+    "The number of prunable widths in each network stage of `arch`."
     kind = family(arch)
     if arch in _FIXED: return _FIXED[arch][0]
     _, pattern, per, extra = next(f for f in _FAMILIES if f[0] == kind)
@@ -57,7 +57,7 @@ _STAGE_RATES = {'resnet': (.1, .2, .3), 'preresnet': (.1, .2, .3), 'wrn': (.1, .
 _SPARED = {'resnet56': (7, 9, 18, 26), 'resnet110': (17, 18, 36), 'preresnet164': (17, 18, 36)}
 
 def expand(arch: str, # name of a network
-           rates,     # one rate for all, one per stage, or one per width; each in [0, 1)
+           rates,     # one rate for all, one per network stage, or one per width; each in [0, 1)
           ) -> tuple[float, ...]: # one rate per prunable width
     "Spell `rates` out, one per prunable width of `arch`."
     per_stage = stages(arch)
@@ -68,7 +68,7 @@ def expand(arch: str, # name of a network
     if len(rates) == 1: rates = rates * len(per_stage)
     if len(rates) == len(per_stage): return tuple(float(r) for r, n in zip(rates, per_stage) for _ in range(n))
     if len(rates) == sum(per_stage): return tuple(map(float, rates))
-    raise UserError(f'{arch} takes 1 rate for all, {len(per_stage)} (one per stage) or {sum(per_stage)} (one per width), got {len(rates)}')
+    raise UserError(f'{arch} takes 1 rate for all, {len(per_stage)} (one per network stage) or {sum(per_stage)} (one per width), got {len(rates)}')
 
 def plan(arch: str,              # name of a network
         ) -> tuple[float, ...]:  # rates of one pruning iteration, one per prunable width
@@ -187,7 +187,7 @@ def _known(arch):
 VARIANTS = ('pfec', 'one-cycle', 'kesi')
 def _f(default, rule, doc): return field(default=default, metadata={'rule': rule, 'doc': doc})
 
-# %% ../nbs/00_paper.ipynb #1b3ce1a0
+# %% ../nbs/00_paper.ipynb #a91fd7cc
 @dataclass(frozen=True)
 class Recipe:
     "One experiment: what to train on, what to prune, how to retrain, how to distil. Defaults are the paper's."
@@ -195,7 +195,7 @@ class Recipe:
     arch: str = _f('resnet20', _text('a network such as ' + ', '.join(NETWORKS), _known), 'network')
     init: str = _f('random', _choice('random', 'imagenet'), 'start of the baseline: random, or weights trained on ImageNet (ResNet-18/34)')
     method: str = _f('filters', _choice('filters', 'weights'), 'prune whole filters (PFEC) or single weights (MWP)')
-    rates: tuple | None = _f(None, _several(_share, True), 'filters: rates of one pruning: one for all, one per stage or one per width; null: the published plan')
+    rates: tuple | None = _f(None, _several(_share, True), 'filters: rates of one pruning: one for all, one per network stage or one per width; null: the published plan')
     multiple: int = _f(1, _whole(1, 512), 'filters: round kept widths to the nearest multiple of this')
     shares: tuple | None = _f(None, _several(_share, True), 'weights: share of zeros after each pruning; null: the published plan')
     iterations: int = _f(5, _whole(1, 50), 'how often to prune and retrain')
@@ -228,7 +228,7 @@ class Recipe:
     @property
     def name(self): return f'{self.data}/{self.arch}'
 
-# %% ../nbs/00_paper.ipynb #ffbe1598
+# %% ../nbs/00_paper.ipynb #1e2b4d0a
 def _check(r):
     "Hold every field of a recipe against its rule; lists become tuples, and whole numbers become floats where floats are meant."
     for f in fields(r):
@@ -319,7 +319,7 @@ def with_settings(r: Recipe,
         values[n.strip()] = (v,) if listed and v is not None and not isinstance(v, (tuple, list)) else v
     return from_dict(values, r)
 
-# %% ../nbs/00_paper.ipynb #ac9f44bb
+# %% ../nbs/00_paper.ipynb #fcf417bc
 _BY_DATA = {
     'cifar10': {}, 'cifar100': {},
     'tiny_imagenet': dict(init='imagenet', schedule='one-cycle', epochs=25, batch=128, retrain_epochs=25, distill_epochs=25),
@@ -336,6 +336,6 @@ def recipe(name: str, # `dataset/network`; RECIPES lists the published ones, oth
     "The recipe of that name."
     data, slash, arch = str(name).partition('/')
     if not slash or not data or not arch: raise UserError(f'a recipe is named dataset/network; got {name!r}; for example {", ".join(RECIPES[:3])}')
-    settings = dict(_BY_FAMILY.get(family(arch), {}), **_BY_DATA.get(data, {}))
+    settings = dict(_BY_FAMILY.get(family(arch), {}), **_BY_DATA.get(data.partition('@')[0], {}))      # a subset is trained like the whole
     if settings.get('init') == 'imagenet' and family(arch) != 'imagenet': settings['init'] = 'random'
     return Recipe(data=data, arch=arch, **settings)

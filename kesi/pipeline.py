@@ -51,7 +51,7 @@ class Stage:
         values = [getattr(self, f.name) for f in fields(self)]
         return tuple(s for v in values for s in (v if isinstance(v, tuple) else (v,)) if isinstance(s, Stage))
 
-# %% ../nbs/10_kesi.ipynb #04853770
+# %% ../nbs/10_kesi.ipynb #2a4f8e29
 @dataclass(frozen=True)
 class Numerics:
     "What changes the last digits of a training."
@@ -77,8 +77,9 @@ class Prune(Stage):
     rates: tuple | None = None   # filters: one rate per width
     multiple: int | None = None  # filters: round kept widths to it
     share: float | None = None   # weights: share of zeros afterwards
+    by: str | None = None        # filters: another ranking than l1
 
-# %% ../nbs/10_kesi.ipynb #b313909f
+# %% ../nbs/10_kesi.ipynb #37d025c3
 @dataclass(frozen=True)
 class Retrain(Stage):
     "Train the pruned network on."
@@ -88,6 +89,8 @@ class Retrain(Stage):
     seed: int
     step: int                 # 1 after the first pruning; names the random numbers
     on: Numerics
+    teachers: tuple | None = None       # learn from these too; the paper's retraining has none
+    temperature: float | None = None    # of these teachers
 
 @dataclass(frozen=True)
 class Distill(Stage):
@@ -100,8 +103,10 @@ class Distill(Stage):
     reduction: str
     seed: int
     on: Numerics
+    hard: float | None = None    # weight of a cross-entropy with the true labels
+    mean: str | None = None      # average the teachers' `logits` instead of their probabilities
 
-# %% ../nbs/10_kesi.ipynb #f9ed4ae6
+# %% ../nbs/10_kesi.ipynb #3af7b611
 @patch
 def compute(self: Baseline, network, data, rt, **kw):
     net = pretrained(self.spec, self.seed) if self.init == 'imagenet' else build(self.spec, self.seed)
@@ -110,15 +115,18 @@ def compute(self: Baseline, network, data, rt, **kw):
 @patch
 def compute(self: Prune, network, data, rt, **kw):
     net = network(self.parent)
-    return (prune_filters(net, self.rates, self.multiple or 1) if self.share is None else prune_weights(net, self.share)), []
+    return (prune_filters(net, self.rates, self.multiple or 1, self.by or 'l1') if self.share is None else prune_weights(net, self.share)), []
 
 @patch
 def compute(self: Retrain, network, data, rt, **kw):
-    return fit(network(self.parent), data, self.training, seed=(self.seed, 'retrain', self.step), rt=rt, **kw)
+    seed = (self.seed, 'retrain', self.step)
+    if not self.teachers: return fit(network(self.parent), data, self.training, seed=seed, rt=rt, **kw)
+    return distill(network(self.parent), [network(t) for t in self.teachers], data, self.training, self.temperature, rt=rt, hard=1., seed=seed, **kw)
 
 @patch
 def compute(self: Distill, network, data, rt, **kw):
-    return distill(network(self.student), [network(t) for t in self.teachers], data, self.training, self.temperature, self.reduction, rt, seed=(self.seed, 'distill'), **kw)
+    other = {n: v for n in ('hard', 'mean') if (v := getattr(self, n)) is not None}
+    return distill(network(self.student), [network(t) for t in self.teachers], data, self.training, self.temperature, self.reduction, rt, seed=(self.seed, 'distill'), **other, **kw)
 
 # %% ../nbs/10_kesi.ipynb #56cb5707
 def trainings(r: Recipe) -> dict[str, Training]:

@@ -152,6 +152,22 @@ def test_a_file_cannot_touch_what_is_not_a_size(tmp_path):
     path.write_bytes(path.read_bytes().replace(b'out_channels', b'weight______'))
     with pytest.raises(UserError, match='no layer .* with a size'): load(path, Handmade)
 
+@pytest.mark.parametrize('name', ('test_resnet', 'mobilenetv2_035'))
+def test_networks_of_timm(name, tmp_path):
+    timm = pytest.importorskip('timm', reason='needs timm')
+    torch.manual_seed(0)
+    def factory(): return timm.create_model(name, pretrained=False, num_classes=10)
+    net = factory().eval()
+    small = cut(net, SHAPE, .3)
+    assert count(small, SHAPE).macs < .75 * count(net, SHAPE).macs and small(torch.zeros(2, *SHAPE)).shape == (2, 10)
+    again = load(save(small, tmp_path/'n.safetensors', factory, SHAPE), factory)
+    assert torch.equal(again(torch.ones(2, *SHAPE)), small(torch.ones(2, *SHAPE)))
+
+def test_a_network_that_asserts_its_size():
+    class Picky(Handmade):
+        def forward(self, x): assert x.shape[-1] == 224, 'needs 224 pixels'; return super().forward(x)
+    with pytest.raises(UserError, match=r'Picky cannot take images of shape \(3, 64, 64\).*needs 224 pixels'): groups(Picky(), SHAPE)
+
 # compress
 
 class Tiny(nn.Module):

@@ -28,6 +28,7 @@ def test_notebook_is_fit_to_be_read(path):
         assert o.get('name') != 'stderr', printed(o)
         assert 'Warning' not in printed(o)
         assert not MACHINE_PATH.search(printed(o)), printed(o)
+        if '<Figure size' in printed(o): assert 'image/png' in o['data'], 'a figure without its picture; put %matplotlib inline into the first cell'
     assert path.stat().st_size < 1_500_000
     for c in code_cells(nb): assert source(c).count('\n') < 45 or 'code-fold: true' in source(c), source(c)[:200]
 

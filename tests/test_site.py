@@ -1,8 +1,9 @@
 "The built site and JupyterLab in a real browser: headless Chromium, at desktop and phone width, light and dark."
-import contextlib, json, os, re, shutil, socket, subprocess, sys, time
+import json, os, re, shutil, socket, subprocess, sys, time
 from html.parser import HTMLParser
 from pathlib import Path
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT/'_docs'/'html'
@@ -28,9 +29,14 @@ def test_readme_links_lead_somewhere():
 
 @pytest.fixture(scope='session')
 def site():
-    "The built site; warnings, such as a link that leads nowhere, are errors."
-    done = python('docs/build.py')
-    assert done.returncode == 0, done.stderr[-4000:]
+    "The built site; warnings, such as a link that leads nowhere, are errors. Several workers of one test run build it once."
+    run, mark = os.environ.get('PYTEST_XDIST_TESTRUNUID'), ROOT/'_docs'/'.run'
+    mark.parent.mkdir(exist_ok=True)
+    with FileLock(mark.with_suffix('.lock')):
+        if run is None or not mark.exists() or mark.read_text() != run:
+            done = python('docs/build.py')
+            assert done.returncode == 0, done.stderr[-4000:]
+            mark.write_text(run or '')
     return HTML
 
 def pages(site): return sorted(p.relative_to(site).as_posix() for p in site.rglob('*.html') if not {'_static', '_sources'} & set(p.parts))
@@ -60,20 +66,30 @@ def test_every_exported_name_is_in_the_api_index(site):
 
 # In the browser
 
-@contextlib.contextmanager
-def chromium(width=1300, dark=False):
+MODES = ((1300, False), (390, True), (1100, True), (390, False))     # width of the window, dark?
+
+def see_as(driver, width=1300, dark=False):
+    "Give the window a width and a colour scheme; pages that are open follow."
+    driver.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 600))
+    driver.execute_cdp_cmd('Emulation.setEmulatedMedia', {'features': [{'name': 'prefers-color-scheme', 'value': 'dark' if dark else 'light'}]})
+
+@pytest.fixture(scope='session')
+def shared_browser():
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
-    options = webdriver.ChromeOptions(); options.binary_location = CHROMIUM
+    options = webdriver.ChromeOptions(); options.binary_location, options.unhandled_prompt_behavior = CHROMIUM, 'accept'
     for f in FLAGS: options.add_argument(f)
     options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
     driver = webdriver.Chrome(options=options, service=Service(CHROMEDRIVER))
-    try:
-        driver.set_page_load_timeout(180); driver.set_script_timeout(180)
-        driver.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 600))
-        driver.execute_cdp_cmd('Emulation.setEmulatedMedia', {'features': [{'name': 'prefers-color-scheme', 'value': 'dark' if dark else 'light'}]})
-        yield driver
-    finally: driver.quit()
+    driver.set_page_load_timeout(180); driver.set_script_timeout(180)
+    yield driver
+    driver.quit()
+
+@pytest.fixture
+def browser(shared_browser):
+    "One Chromium for all tests, in a wide light window."
+    see_as(shared_browser)
+    return shared_browser
 
 def until(condition, seconds=120, what=''):
     "Wait for a condition; its value."
@@ -106,39 +122,38 @@ const ready = window.MathJax && MathJax.startup ? MathJax.startup.promise : Prom
 ready.then(() => Promise.all(all('article img').map(e => e.decode().catch(() => 0)))).then(look);'''
 
 @browser_test
-@pytest.mark.parametrize('width, dark', [(1300, False), (390, True), (1100, True), (390, False)])
-def test_pages_look_right(site, width, dark):
-    "No errors, no other hosts, all formulas and pictures there, nothing wider than the window, text and ground apart."
-    every = pages(site)
-    if dark == (width > 600): every = [p for p in every if p in ('index.html', '06_l1_pruning.html', '09_kd_loss.html')]     # the other two combinations: the pages that have everything
+def test_pages_look_right(site, browser):
+    "No errors, no other hosts; in every window all formulas and pictures there, nothing wider than the window, text and ground apart."
     formulas = pictures = 0
-    with chromium(width, dark) as driver:
-        for page in every:
-            driver.get((site/page).as_uri())
-            seen = driver.execute_async_script(LOOK)
-            assert [e['message'] for e in driver.get_log('browser') if e['level'] == 'SEVERE'] == [], page
-            assert [u for u in requested(driver) if not u.startswith(('file:', 'data:', 'blob:'))] == [], page
-            assert (seen['unrendered'], seen['wrong'], seen['blank'], seen['raw']) == (0, 0, [], 0), (page, seen)
-            assert seen['wide'] <= 0 and (seen['title'] or page in ('search.html', 'genindex.html')), (page, seen)
-            assert (seen['ground'] < .2 and seen['ink'] > .7) if dark else (seen['ground'] > .9 and seen['ink'] < .2), (page, seen)
-            formulas += seen['formulas']; pictures += seen['pictures']
+    for page in pages(site):
+        see_as(browser)
+        browser.get((site/page).as_uri())
+        for width, dark in MODES[:2] if page.startswith('api/') else MODES:        # one page of signatures is like another
+            see_as(browser, width, dark)
+            until(lambda: browser.execute_script('return innerWidth') == width, what=f'a window of {width} pixels')
+            seen, where = browser.execute_async_script(LOOK), (page, width, dark)
+            assert (seen['unrendered'], seen['wrong'], seen['blank'], seen['raw']) == (0, 0, [], 0), (where, seen)
+            assert seen['wide'] <= 0 and (seen['title'] or page in ('search.html', 'genindex.html')), (where, seen)
+            assert (seen['ground'] < .2 and seen['ink'] > .7) if dark else (seen['ground'] > .9 and seen['ink'] < .2), (where, seen)
+        assert [e['message'] for e in browser.get_log('browser') if e['level'] == 'SEVERE'] == [], page
+        assert [u for u in requested(browser) if not u.startswith(('file:', 'data:', 'blob:'))] == [], page
+        formulas += seen['formulas']; pictures += seen['pictures']
     assert formulas > 5 and pictures >= 1
 
 @browser_test
-def test_search_and_folded_solutions(site):
-    with chromium() as driver:
-        find = lambda q: driver.find_elements('css selector', q)
-        driver.get((site/'search.html').as_uri() + '?q=temperature')
-        links = until(lambda: {e.get_attribute('href') for e in find('#search-results li a')}, what='search results')
-        until(lambda: any('09_kd_loss.html' in e.get_attribute('href') for e in find('#search-results li a')), what='the chapter on distillation')
-        assert all(u.startswith('file:') for u in links)
-        driver.get((site/'00_paper.html').as_uri())
-        fold = find('details.hide')[-1]
-        code = fold.find_element('css selector', '.highlight')
-        assert fold.find_element('css selector', 'summary').text.strip() and not code.is_displayed()
-        driver.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", fold)
-        fold.find_element('css selector', 'summary').click()
-        until(code.is_displayed, what='the unfolded solution')
+def test_search_and_folded_solutions(site, browser):
+    find = lambda q: browser.find_elements('css selector', q)
+    browser.get((site/'search.html').as_uri() + '?q=temperature')
+    links = until(lambda: {e.get_attribute('href') for e in find('#search-results li a')}, what='search results')
+    until(lambda: any('09_kd_loss.html' in e.get_attribute('href') for e in find('#search-results li a')), what='the chapter on distillation')
+    assert all(u.startswith('file:') for u in links)
+    browser.get((site/'00_paper.html').as_uri())
+    fold = find('details.hide')[-1]
+    code = fold.find_element('css selector', '.highlight')
+    assert fold.find_element('css selector', 'summary').text.strip() and not code.is_displayed()
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", fold)
+    fold.find_element('css selector', 'summary').click()
+    until(code.is_displayed, what='the unfolded solution')
 
 # JupyterLab
 
@@ -178,33 +193,31 @@ def run_all(driver, address, name, seconds):
     return driver.execute_script('return window.jupyterapp.shell.currentWidget.content.model.sharedModel.cells.map(c => c.toJSON())')
 
 @browser_test
-def test_a_chapter_runs_in_jupyterlab(lab):
-    with chromium() as driver:
-        cells = [c for c in run_all(driver, lab[0], '00_paper.ipynb', 300) if c['cell_type'] == 'code' and ''.join(c['source']).strip()]
-        assert len(cells) > 10 and all(c['execution_count'] for c in cells)
-        assert [o for c in cells for o in c['outputs'] if o['output_type'] == 'error'] == []
+def test_a_chapter_runs_in_jupyterlab(lab, browser):
+    cells = [c for c in run_all(browser, lab[0], '00_paper.ipynb', 300) if c['cell_type'] == 'code' and ''.join(c['source']).strip()]
+    assert len(cells) > 10 and all(c['execution_count'] for c in cells)
+    assert [o for c in cells for o in c['outputs'] if o['output_type'] == 'error'] == []
 
 @browser_test
-def test_the_playground_moves(lab):
+def test_the_playground_moves(lab, browser):
     pytest.importorskip('ipywidgets', reason='needs ipywidgets')
     from selenium.webdriver.common.keys import Keys
     address, folder = lab
-    with chromium() as driver:
-        cells = run_all(driver, address, 'tutorials/playground.ipynb', 300)
-        assert [o for c in cells if c['cell_type'] == 'code' for o in c['outputs'] if o['output_type'] == 'error'] == []
-        mine = lambda: driver.execute_script("return [...document.querySelectorAll('.jupyter-widgets .kesi-costs')].map(e => e.rows[3].innerText).join('')")
-        before = until(mine, 120, 'the table of costs')
-        handles = driver.find_elements('css selector', '.jupyter-widgets .noUi-handle')
-        driver.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", handles[2])
-        for _ in range(3): handles[2].send_keys(Keys.ARROW_RIGHT)          # the rate of the third stage
-        after = until(lambda: (now := mine()) != before and now, 120, 'new numbers')
-        number = lambda row: int(re.search(r'[\d,]{4,}', row)[0].replace(',', ''))
-        assert number(after) < number(before)
-        button = driver.find_element('css selector', '.jupyter-widgets.jupyter-button')
-        driver.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", button); button.click()
-        plan = folder/'tutorials'/'plan.json'
-        until(plan.exists, 120, 'the recipe')
-    short = ['epochs=1', 'retrain_epochs=1', 'distill_epochs=1', 'iterations=1', 'seeds=1']
+    cells = run_all(browser, address, 'tutorials/playground.ipynb', 300)
+    assert [o for c in cells if c['cell_type'] == 'code' for o in c['outputs'] if o['output_type'] == 'error'] == []
+    mine = lambda: browser.execute_script("return [...document.querySelectorAll('.jupyter-widgets .kesi-costs')].map(e => e.rows[3].innerText).join('')")
+    before = until(mine, 120, 'the table of costs')
+    handles = browser.find_elements('css selector', '.jupyter-widgets .noUi-handle')
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", handles[2])
+    for _ in range(3): handles[2].send_keys(Keys.ARROW_RIGHT)          # the rate of the third stage
+    after = until(lambda: (now := mine()) != before and now, 120, 'new numbers')
+    number = lambda row: int(re.search(r'[\d,]{4,}', row)[0].replace(',', ''))
+    assert number(after) < number(before)
+    button = browser.find_element('css selector', '.jupyter-widgets.jupyter-button')
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", button); button.click()
+    plan = folder/'tutorials'/'plan.json'
+    until(plan.exists, 120, 'the recipe')
+    short = ['epochs=1', 'retrain_epochs=1', 'iterations=1', 'seeds=1', 'variants=pfec']
     done = python('-c', 'import sys; from kesi.cli import kesi_run; sys.exit(kesi_run())', '--recipe', plan, '--out', folder/'runs', *(a for s in short for a in ('--set', s)), env={**os.environ, 'PYTHONPATH': str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert json.loads(next((folder/'runs').rglob('report.json')).read_text())['recipe']['rates'] == json.loads(plan.read_text())['rates']

@@ -1,0 +1,22 @@
+"The command `kesi_study`: what is wrong is said in one line, before anything is computed or written."
+import pytest
+from kesi import studies
+
+
+@pytest.mark.parametrize('argv, said', (
+    (['height'], 'allowed are teachers'),
+    (['diversity', 'height'], 'unknown study'),
+    (['diversity', '--recipe', 'digits'], 'dataset/network'),
+    (['diversity', '--recipe', 'digits@5/resnet8'], 'from 10 to 990'),
+    (['diversity', '--recipe', 'mnits/resnet8'], 'unknown dataset'),
+    (['diversity', '--seeds', '0'], 'seeds must be'),
+    (['diversity', '--set', 'method=weights'], 'prune filters'),
+    (['how_far', '--set', 'rates=.5'], 'at least one'),
+    (['teachers', '--threads', '0'], 'threads must be'),
+    ([], 'required')))
+def test_bad_lines(tmp_path, capsys, argv, said):
+    try: code = studies.kesi_study([*argv, '--out', str(tmp_path/'runs')])
+    except SystemExit as e: code = e.code
+    out = capsys.readouterr()
+    assert code == 2 and said in out.err and out.err.startswith('error: ') and out.err.count('\n') == 1 and not out.out
+    assert not (tmp_path/'runs').exists()

@@ -7,7 +7,7 @@ __all__ = ['LOSSES', 'unwrapped', 'check_network', 'classes_of', 'Group', 'group
            'save', 'load', 'Batches', 'Source', 'Trained', 'Cut', 'Again', 'Strangers', 'chain', 'Compressed',
            'preview', 'compress']
 
-# %% ../nbs/12_any_network.ipynb #63005066
+# %% ../nbs/12_any_network.ipynb #5886dbfd
 import contextlib, copy, dataclasses, hashlib, json, tempfile, warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,7 +284,7 @@ def save(net: nn.Module,   # one of ours, or any other
     _restore(content, said, factory, repr(str(path)))
     return write_atomic(path, content)
 
-# %% ../nbs/12_any_network.ipynb #0ed63877
+# %% ../nbs/12_any_network.ipynb #547dfd3d
 def _restore(content, said, factory, where):
     "The network of a file, asked whether it still says what it said."
     net = unwrapped(factory()).cpu()
@@ -415,7 +415,7 @@ class Again(Retrain):
         def objective(net, x, y): z = net(x); return LOSSES[self.loss](z, y), z
         return fit(network(self.parent), data, self.training, objective, seed=(self.seed, 'retrain', self.step), rt=rt, **kw)
 
-# %% ../nbs/12_any_network.ipynb #5da578ad
+# %% ../nbs/12_any_network.ipynb #e7b759bf
 class Strangers(Store):
     "A store of networks that only their owner can build."
     def __init__(self, root, net, shape, say): super().__init__(root, say); self.given, self.shape = net, shape
@@ -434,10 +434,10 @@ def chain(r: Recipe, seed: int, first: Trained, shape, streams: bool, loss: str)
             stages[f'{name} {i}'] = last = Again(last, t[name], seed, i, on, loss)
     if 'kesi' in r.variants:
         snapshots = tuple(s for n, s in stages.items() if not n.startswith('pfec'))
-        stages['kesi'] = Distill(snapshots[-1], snapshots, t['distill'], r.temperature, r.reduction, seed, on)
+        stages['kesi'] = Distill(snapshots[-1], snapshots, t['kesi'], r.temperature, r.reduction, seed, on)
     return stages
 
-# %% ../nbs/12_any_network.ipynb #8a44e32a
+# %% ../nbs/12_any_network.ipynb #8d21cd1b
 @dataclass(repr=False)
 class Compressed:
     "What `compress` returns. It can be called like the network."

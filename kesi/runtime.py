@@ -125,7 +125,7 @@ def generator(*parts) -> torch.Generator:
     "A random generator on the CPU, seeded by name."
     return torch.Generator().manual_seed(derive_seed(*parts))
 
-# %% ../nbs/01_runtime.ipynb #30650466
+# %% ../nbs/01_runtime.ipynb #f21e39fa
 @dataclass(frozen=True)
 class Runtime:
     "Where and how to compute."
@@ -143,6 +143,7 @@ class Runtime:
         if not isinstance(self.pad, int) or self.pad < 1: raise UserError(f'pad must be a whole number from 1; got {self.pad!r}')
         if self.threads is not None and (not isinstance(self.threads, int) or not 1 <= self.threads <= 1024): raise UserError(f'threads must be a whole number from 1 to 1024; got {self.threads!r}')
         if self.processes not in (1, launched()): raise UserError(f'{self.processes!r} processes were asked for, but {launched()} started; torchrun --nproc_per_node {self.processes} starts them')
+        if self.processes > 1 and self.device == 'mps': raise UserError('several processes work on CPUs and on CUDA devices; got the device mps')
         try: torch.empty(1, device=self.device, dtype=self.dtype); found = self.device != 'meta'
         except (RuntimeError, AssertionError, NotImplementedError, TypeError): found = False
         if not found: raise UserError(f'no device {self.device!r} with {self.precision} here; available: {", ".join(devices())}')

@@ -58,9 +58,7 @@ def try_damage(make, good, trap, stage, file, kind, at):
     folder = stages[stage % len(stages)]
     left = damage(folder/file, kind, at, stages[(stage + 1) % len(stages)]/file, trap)
     if left is not None and left == good.get(f'{folder.name}/{file}'): shutil.rmtree(out); return       # the same bytes: no damage
-    try: drive.go(out, drive.TINY, drive.blobs(), said.append)
-    except StoreError as e:                                   # one flipped bit can make the schema number a newer one
-        assert file == 'manifest.json' and kind == 'flipped' and 'newer kesi' in str(e) and folder.exists(); shutil.rmtree(out); return
+    drive.go(out, drive.TINY, drive.blobs(), said.append)
     repaired(out, good, kind, said, folder.name, left)
     assert not trap.exists()
     shutil.rmtree(out)
@@ -128,7 +126,8 @@ def test_a_lost_pruning_is_made_again(copy, tiny):
 def test_a_manifest_from_the_future(copy, capsys):
     out = copy()
     path = next(out.glob('retrain-*/manifest.json'))
-    path.write_text(json.dumps({**json.loads(path.read_text()), 'schema': 99}))
+    m = {**json.loads(path.read_text()), 'schema': 99}
+    path.write_text(json.dumps({**m, 'sha256': digest({k: v for k, v in m.items() if k != 'sha256'}, 64)}))
     before = path.read_bytes()
     with pytest.raises(StoreError, match='newer kesi .schema 99.*update'): drive.go(out, drive.TINY, drive.blobs())
     assert path.read_bytes() == before and not (out/'damaged').exists()

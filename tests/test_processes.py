@@ -2,6 +2,7 @@
 import os, subprocess, sys
 from pathlib import Path
 import drive, pytest, several, torch
+from kesi import anynet, scale
 from torch.testing import assert_close
 
 def together(n, *args, log):
@@ -20,6 +21,13 @@ def test_gradients_are_those_of_one_process(tmp_path, n):
         counts = [round(r[f'{split}_accuracy'] * (65 if split == 'train' else 53), 9) for r in got['history']]
         assert all(c == round(c) for c in counts), counts
     assert_close(got['measured'], want['measured'], rtol=1e-9, atol=0)
+
+@pytest.mark.parametrize('call, said', ((lambda d: anynet.compress(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)), d), 'compress works in one process'),
+                                        (lambda d: scale.sweep([], d), 'without torchrun')), ids=('compress', 'sweep'))
+def test_what_works_alone_says_so(tmp_path, monkeypatch, call, said):
+    pytest.importorskip('ray')
+    for name, value in (('WORLD_SIZE', '2'), ('RANK', '0'), ('LOCAL_RANK', '0')): monkeypatch.setenv(name, value)
+    with pytest.raises(scale.UserError, match=said): call(tmp_path)
 
 @pytest.fixture(scope='module')
 def pair(tmp_path_factory):

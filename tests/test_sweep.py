@@ -9,7 +9,10 @@ RT = Runtime(threads=1)
 QUICK = ('iterations=1', 'epochs=2', 'retrain_epochs=1', 'distill_epochs=1')
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread(monkeypatch):
+    "Equal numbers of threads everywhere; and no pictures, which take longer than such runs."
+    for n in ('plot_run', 'plot_tradeoff'): monkeypatch.setattr(report, n, lambda r: None)
+    monkeypatch.setattr(report, '_save', lambda fig, path: None)
     before = torch.get_num_threads(); torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
@@ -26,7 +29,7 @@ def kill_one(out, killed):
         time.sleep(.02)
 
 @pytest.mark.parametrize('names, seeds, settings', (
-    (['digits/resnet8'], 1, (*QUICK, 'epochs=12')),
+    (['digits/resnet8'], 1, (*QUICK, 'epochs=6')),
     pytest.param(['digits/resnet8', 'digits/resnet14'], 3, ('iterations=2', 'epochs=6', 'retrain_epochs=2', 'distill_epochs=2'), marks=pytest.mark.soak)), ids=('one', 'grid'))
 def test_a_killed_worker_changes_nothing(tmp_path, names, seeds, settings):
     pytest.importorskip('ray')

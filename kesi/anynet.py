@@ -468,7 +468,7 @@ def preview(net, shape, rates, iterations, multiple=1, streams=False) -> list:
         net = cut(net, shape, rates, multiple, streams); steps.append(count(net, shape))
     return steps
 
-# %% ../nbs/12_any_network.ipynb #78cddd20
+# %% ../nbs/12_any_network.ipynb #59401f3b
 def _recipe(net, name, free, rates, seeds, epochs, lr, settings):
     "A recipe for a stranger; fields that a recipe does not have are refused by name."
     own = {n: settings.pop(n) for n in ('arch', 'data', 'init', 'method', 'valid', 'epochs', 'shares') if n in settings}
@@ -478,7 +478,9 @@ def _recipe(net, name, free, rates, seeds, epochs, lr, settings):
 
 def _runtime(rt):
     "Foreign code is taken as it is: no change of memory format (`view` would fail), no folding, no padding."
-    return auto(channels_last=False, fold=False) if rt is None else dataclasses.replace(rt, fold=False, pad=1)
+    rt = auto(channels_last=False, fold=False) if rt is None else dataclasses.replace(rt, fold=False, pad=1)
+    if rt.processes > 1: raise UserError('compress works in one process; start it without torchrun')
+    return rt
 
 def compress(net: nn.Module,          # a trained network: images → logits; stays as it is
              train,                   # (images, labels) tensors, torch Dataset, DataLoader of (image, label), or a kesi.data.Dataset

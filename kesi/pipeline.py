@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'Stage', 'Numerics', 'Baseline', 'Prune', 'Retrain', 'Distill', 'trainings', 'numerics', 'chains', 'graph',
-           'lineage', 'Store', 'read_manifest', 'measure', 'epoch_work', 'work_of', 'Progress', 'slug', 'run']
+           'lineage', 'Store', 'read_manifest', 'measure', 'epoch_work', 'work_of', 'Progress', 'slug', 'open_store',
+           'load_for', 'note', 'run']
 
 # %% ../nbs/10_kesi.ipynb #9311ee39
 import contextlib, dataclasses, errno, functools, json, math, os, shutil, time
@@ -291,7 +292,7 @@ def tidy(self: Store, stage):
         for t in work.glob('.*.tmp'): t.unlink()
         work.rmdir()
 
-# %% ../nbs/10_kesi.ipynb #a6e8f453
+# %% ../nbs/10_kesi.ipynb #80836c3b
 @patch
 def ensure(self: Store,
            stage: Stage,        # what is wanted
@@ -300,27 +301,35 @@ def ensure(self: Store,
            on_epoch=None,       # called with (stage, record) after each epoch
            on_stage=None,       # called with (stage, manifest) after a stage was computed
           ) -> dict:            # the stage's manifest
-    "Have a stage finished, computing whatever is missing."
-    if (m := self.manifest(stage, mend=False)) and not self.work(stage).exists(): return m
+    "Have a stage finished, computing whatever is missing. Of several processes the main one looks, locks and writes; all compute."
+    m, clean = rt.from_main(lambda: (self.manifest(stage, mend=False), not self.work(stage).exists()))
+    if m and clean: return m
     if not m:
         for p in stage.parents: self.ensure(p, data, rt, on_epoch, on_stage)
-    with locked(self.root/'.locks'/f'{stage.folder}.lock', stage.folder, self.say) as held:
-        m, computed = self.manifest(stage), False
-        if not m: self._compute(stage, data, rt, on_epoch); m, computed = self.manifest(stage), True
+    with self._lock(stage) if rt.rank == 0 else contextlib.nullcontext() as held:
+        m, computed = rt.from_main(lambda: self.manifest(stage)), False
+        if not m: self._compute(stage, data, rt, on_epoch); m, computed = rt.from_main(lambda: self.manifest(stage)), True
         if held: self.tidy(stage)                        # without locks somebody may still work there
     if not m: raise DamagedFile(f'{str(self.path(stage))!r} was damaged as soon as it was written; is the disk sound, or did another program write there?')
-    if computed and on_stage: on_stage(stage, m)
+    if computed and on_stage and rt.rank == 0: on_stage(stage, m)
     return m
+
+@patch
+def _lock(self: Store, stage): return locked(self.root/'.locks'/f'{stage.folder}.lock', stage.folder, self.say)
 
 @patch
 def _compute(self: Store, stage, data, rt, on_epoch):
     work, begun = self.work(stage), time.perf_counter()
-    if os.path.lexists(work) and not work.is_dir(): self.set_aside(work, f'{str(work)!r} is no folder')
+    def clear():
+        if os.path.lexists(work) and not work.is_dir(): self.set_aside(work, f'{str(work)!r} is no folder')
+    rt.from_main(clear)
     how = {} if stage.kind == 'prune' else dict(checkpoint=work/'checkpoint.safetensors', on_epoch=on_epoch and functools.partial(on_epoch, stage), say=self.say)
-    try: self.finish(stage, *stage.compute(self.network, data, rt, **how), data, rt, time.perf_counter() - begun)
+    try:
+        net, history = stage.compute(self.network, data, rt, **how)
+        rt.from_main(lambda: self.finish(stage, net, history, data, rt, time.perf_counter() - begun))
     except Diverged as e: raise Diverged(f'{stage.folder}: {e}') from e
 
-# %% ../nbs/10_kesi.ipynb #c90f2a4b
+# %% ../nbs/10_kesi.ipynb #ca8bab09
 def epoch_work(r: Recipe,
                train: int,  # training images
                test: int,   # test images
@@ -339,14 +348,14 @@ def work_of(r: Recipe, stages: dict, data: Dataset) -> dict[str, float]:
 
 class Progress:
     "Where a run is, and how long it will take. Draws a bar on a terminal, and says one line per finished stage."
-    def __init__(self, seeds, r, data, store, say, work=work_of):
+    def __init__(self, seeds, r, data, store, say, work=work_of, show=True):
         self.say, self.names, self.work, self.begun, self.done = say, {}, {}, time.perf_counter(), 0.
         for i, stages in enumerate(seeds):
             self.work.update(work(r, stages, data))
             self.names.update({s.key: (f'seed {i+1}/{len(seeds)} · {n}' + (f'/{r.iterations}' if ' ' in n else ''), s.training.epochs) for n, s in stages.items()})
         missing = [s for s in {s.key: s for stages in seeds for s in stages.values()}.values() if not store.path(s).exists()]
         self.total = sum(self.work[s.key] * s.training.epochs for s in missing)
-        self.bar = tqdm(total=100, disable=None if missing else True, leave=False, bar_format='{percentage:3.0f}% |{bar:20}| {desc}')
+        self.bar = tqdm(total=100, disable=None if missing and show else True, leave=False, bar_format='{percentage:3.0f}% |{bar:20}| {desc}')
 
     def left(self) -> str:
         "Estimated time to go, from the work done so far."
@@ -364,13 +373,31 @@ class Progress:
         if stage.key in self.names and self.say:
             self.bar.clear(); self.say(f'{self.names[stage.key][0]}: test accuracy {m["metrics"]["accuracy"]:.2%}, {m["metrics"]["params"]:,} parameters · {self.left()}')
 
-# %% ../nbs/10_kesi.ipynb #d61489d2
+# %% ../nbs/10_kesi.ipynb #f36f8148
 def slug(r: Recipe) -> str:
     "The recipe's name in the report folder; recipes with other settings than the published ones get a digest behind it."
     usual, apart = dataclasses.asdict(paper.recipe(r.name)), ('seeds', 'variants', 'method')
     changed = {n: v for n, v in dataclasses.asdict(r).items() if n not in apart and v != usual[n]}
     return r.name + ('-weights' if r.method == 'weights' else '') + (f'-{digest(changed, 6)}' if changed else '')
 
+def open_store(root, rt: Runtime, say) -> Store:
+    "The run folder, made by the main process where it is missing."
+    rt.from_main(lambda: Store(root, say).root)
+    return Store(root, say)
+
+def load_for(r: Recipe, data_root=None) -> Dataset:
+    "The recipe's dataset, with its validation part instead of the test set where the recipe asks for it."
+    data = load(r.data, data_root)
+    return hold_out(data, r.valid) if r.valid else data
+
+def note(store: Store, r: Recipe, seeds, data: Dataset, rt: Runtime) -> Path: # the folder for the recipe's report
+    "Write into `run.json` which folders belong to a recipe."
+    home = store.root/'reports'/slug(r)
+    write_json(home/'run.json', {'schema': SCHEMA, 'recipe': dataclasses.asdict(r), 'runtime': dataclasses.asdict(rt), 'classes': data.classes, 'size': data.size,
+                                 'seeds': [{n: s.folder for n, s in stages.items()} for stages in seeds]})
+    return home
+
+# %% ../nbs/10_kesi.ipynb #de6dff07
 def run(recipe: Recipe | str,        # a recipe, or the name of one
         out='runs',                  # folder of the runs
         rt: Runtime | None = None,   # where to compute; None: what suits this machine
@@ -379,18 +406,12 @@ def run(recipe: Recipe | str,        # a recipe, or the name of one
        ) -> Path:                    # the folder for the recipe's report, with `run.json` in it
     "Run all seeds and variants of a recipe. What is finished already is not computed again."
     r, rt = (paper.recipe(recipe) if isinstance(recipe, str) else recipe), rt or auto()
-    data = load(r.data, data_root)
-    if r.valid: data = hold_out(data, r.valid)
-    store = Store(out, say or (lambda line: None))
+    data, store = load_for(r, data_root), open_store(out, rt, say or (lambda line: None))
     seeds = [graph(r, seed, data, rt) for seed in range(r.seeds)]
-    progress = Progress(seeds, r, data, store, say)
-    home = store.root/'reports'/slug(r)
-    record = {'schema': SCHEMA, 'recipe': dataclasses.asdict(r), 'runtime': dataclasses.asdict(rt), 'classes': data.classes, 'size': data.size,
-              'seeds': [{n: s.folder for n, s in stages.items()} for stages in seeds]}
+    rt.from_main(lambda: note(store, r, seeds, data, rt))
+    progress = Progress(seeds, r, data, store, say, show=rt.rank == 0)
     try:
-        write_json(home/'run.json', record)
         for stages in seeds:
             for stage in lineage(stages.values()): store.ensure(stage, data, rt, progress.epoch, progress.stage)
-        write_json(home/'run.json', record)              # once more: a run with other seeds or variants may have noted its own meanwhile
     finally: progress.bar.close()
-    return home
+    return rt.from_main(lambda: note(store, r, seeds, data, rt))      # once more: a run with other seeds or variants may have noted its own meanwhile

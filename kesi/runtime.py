@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KesiError', 'DamagedFile', 'Diverged', 'StoreError', 'sync_folder', 'write_atomic', 'write_json', 'sha256', 'digest',
-           'locked', 'derive_seed', 'generator', 'Runtime', 'devices', 'has_bfloat16', 'auto', 'describe']
+           'locked', 'derive_seed', 'generator', 'Runtime', 'launched', 'devices', 'has_bfloat16', 'auto', 'describe']
 
-# %% ../nbs/01_runtime.ipynb #47158d10
-import contextlib, errno, hashlib, json, os, platform, time
+# %% ../nbs/01_runtime.ipynb #285545c8
+import atexit, contextlib, copy, errno, functools, hashlib, json, os, platform, time, warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -125,7 +125,7 @@ def generator(*parts) -> torch.Generator:
     "A random generator on the CPU, seeded by name."
     return torch.Generator().manual_seed(derive_seed(*parts))
 
-# %% ../nbs/01_runtime.ipynb #959552cb
+# %% ../nbs/01_runtime.ipynb #f21e39fa
 @dataclass(frozen=True)
 class Runtime:
     "Where and how to compute."
@@ -136,11 +136,14 @@ class Runtime:
     fold: bool = True              # fold the norms of teachers into their convolutions (chapter 09)
     compile: bool = False          # torch.compile: pays on long runs only
     threads: int | None = None     # CPU threads; None: torch's choice
+    processes: int = 1             # processes that train one network together (below); their launcher starts them
 
     def __post_init__(self):
         if self.precision not in ('float32', 'float64', 'bfloat16'): raise UserError(f'precision must be float32, float64 or bfloat16; got {self.precision!r}')
         if not isinstance(self.pad, int) or self.pad < 1: raise UserError(f'pad must be a whole number from 1; got {self.pad!r}')
         if self.threads is not None and (not isinstance(self.threads, int) or not 1 <= self.threads <= 1024): raise UserError(f'threads must be a whole number from 1 to 1024; got {self.threads!r}')
+        if self.processes not in (1, launched()): raise UserError(f'{self.processes!r} processes were asked for, but {launched()} started; torchrun --nproc_per_node {self.processes} starts them')
+        if self.processes > 1 and self.device == 'mps': raise UserError('several processes work on CPUs and on CUDA devices; got the device mps')
         try: torch.empty(1, device=self.device, dtype=self.dtype); found = self.device != 'meta'
         except (RuntimeError, AssertionError, NotImplementedError, TypeError): found = False
         if not found: raise UserError(f'no device {self.device!r} with {self.precision} here; available: {", ".join(devices())}')
@@ -152,8 +155,12 @@ class Runtime:
 
     @property
     def numerics(self) -> dict:
-        "The choices that change numbers."
-        return {n: getattr(self, n) for n in ('precision', 'channels_last', 'pad', 'fold', 'compile')}
+        "The choices that change numbers; the number of processes where there are several."
+        return {n: getattr(self, n) for n in ('precision', 'channels_last', 'pad', 'fold', 'compile') + ('processes',) * (self.processes > 1)}
+
+def launched() -> int:
+    "How many processes a launcher (torchrun, accelerate) started together with this one; 1 without a launcher."
+    return int(os.environ.get('WORLD_SIZE', 1)) if 'LOCAL_RANK' in os.environ else 1
 
 def devices() -> list[str]:
     "The devices that torch can use here, best first."
@@ -185,7 +192,7 @@ def active(self: Runtime):
     try: yield self
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/01_runtime.ipynb #caca6c23
+# %% ../nbs/01_runtime.ipynb #341cc79a
 def has_bfloat16(device: str = 'cpu') -> bool:
     "Does the hardware multiply bfloat16 natively?"
     kind = torch.device(device).type
@@ -195,9 +202,83 @@ def has_bfloat16(device: str = 'cpu') -> bool:
 def auto(device: str | None = None, **settings) -> Runtime:
     "A runtime that suits this machine; settings that are given win."
     device = device or devices()[0]
+    if launched() > 1 and device.split(':')[0] == 'cuda': device = f'cuda:{os.environ["LOCAL_RANK"]}'      # each process its own
     try: fast = has_bfloat16(device)
     except (RuntimeError, AssertionError, AttributeError): fast = False
-    return Runtime(device, **{'precision': 'bfloat16' if fast else 'float32', **settings})
+    return Runtime(device, **{'precision': 'bfloat16' if fast else 'float32', 'processes': launched(), **settings})
+
+# %% ../nbs/01_runtime.ipynb #9c8b77cf
+@functools.lru_cache(maxsize=None)
+def _accelerator(cpu):
+    "The one `Accelerator` of this process. It connects the processes; precision stays ours."
+    from datetime import timedelta
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+    found = Accelerator(cpu=cpu, mixed_precision='no', kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7)), DistributedDataParallelKwargs(broadcast_buffers=False)])
+    atexit.register(found.state.destroy_process_group)
+    return found
+
+@patch(as_prop=True)
+def rank(self: Runtime) -> int:
+    "The number of this process; the one with 0 writes and speaks for all."
+    return _accelerator(self.device == 'cpu').process_index if self.processes > 1 else 0
+
+@patch
+def part(self: Runtime,
+         t,       # a tensor of N rows, the same in all processes
+        ):        # this process's rows; parts differ by one row at most, and may be empty where N is below the number of processes
+    "This process's part of a batch."
+    return t.tensor_split(self.processes)[self.rank] if self.processes > 1 else t
+
+@patch
+def mean(self: Runtime,
+         values: list,  # numbers that differ between processes
+         weight=1.,     # how much this process's values count
+        ) -> list:      # the same in all processes
+    "Weighted means over the processes."
+    if self.processes == 1: return values
+    sums = torch.tensor([v * weight for v in values] + [weight], dtype=torch.float64, device=self.device)
+    *sums, whole = _accelerator(self.device == 'cpu').reduce(sums, 'sum').tolist()
+    return [s / whole for s in sums]
+
+# %% ../nbs/01_runtime.ipynb #7ca78b25
+@patch
+def from_main(self: Runtime, do):
+    "Call a function in the main process; all processes get its result, or its exception (there marked as `told`)."
+    if self.processes == 1: return do()
+    from accelerate.utils import broadcast_object_list
+    said, main = [None, None], self.rank == 0
+    if main:
+        try: said[0] = do()
+        except Exception as e: said[1] = e
+    broadcast_object_list(said)
+    if said[1] is None: return said[0]
+    said[1].told = not main
+    raise said[1]
+
+# %% ../nbs/01_runtime.ipynb #428f94d1
+def _sharing(net):
+    "A copy with modules of its own and the same tensors."
+    return copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers())})
+
+@patch
+def together(self: Runtime, net):
+    "The network as all processes train it: same tensors, averaged gradients."
+    if self.processes == 1: return net
+    a = _accelerator(self.device == 'cpu')
+    a.free_memory()                                            # it remembers every network that it has ever prepared
+    if self.device != 'cpu': net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(_sharing(net))
+    with warnings.catch_warnings():                            # torch is about to rename `broadcast_buffers`, accelerate knows the old name only
+        warnings.simplefilter('ignore', FutureWarning)
+        return a.prepare_model(net)
+
+@patch
+@torch.no_grad()
+def average_statistics(self: Runtime, net):
+    "Give all processes the mean of their running statistics."
+    if self.processes == 1: return
+    for t in net.buffers():
+        if t.is_floating_point(): t.copy_(_accelerator(self.device == 'cpu').reduce(t, 'mean'))
 
 # %% ../nbs/01_runtime.ipynb #798253b2
 def _installed(name):

@@ -87,10 +87,10 @@ def keep_zeros(masks):
     "Put the zeros back."
     for w, m in masks: w.mul_(m)
 
-# %% ../nbs/07_lr_restarting.ipynb #7ec48ea5
+# %% ../nbs/07_lr_restarting.ipynb #610f3619
 @torch.no_grad()
 def answers(net: nn.Module,        # any network, on the runtime's device
-            loader: Loader,        # images in order
+            loader: Loader,        # images in order, or any pairs of images and labels
             rt: Runtime = Runtime(),
            ) -> tuple:             # logits, N×classes, float32 (float64 for a float64 runtime), and the N labels
     "The logits of a whole split, in evaluation mode, with the right answers."
@@ -105,9 +105,10 @@ def predict(net: nn.Module, loader: Loader, rt: Runtime = Runtime()) -> torch.Te
     return answers(net, loader, rt)[0]
 
 def evaluate(net: nn.Module, loader: Loader, rt: Runtime = Runtime()) -> tuple[float, float]:
-    "Mean cross-entropy and accuracy (0 to 1) on a split."
-    logits, y = answers(net, loader, rt)
-    return F.cross_entropy(logits, y).item(), (logits.argmax(1) == y).sum().item() / len(y)         # no float64: Apple devices have none
+    "Mean cross-entropy and accuracy (0 to 1) on a split; several processes divide each batch among them."
+    mine = ((rt.part(x), rt.part(y)) for x, y in loader)
+    logits, y = answers(net, (pair for pair in mine if len(pair[1])), rt)
+    return tuple(rt.mean([F.cross_entropy(logits, y).item(), (logits.argmax(1) == y).sum().item() / len(y)], len(y)))      # no float64: Apple devices have none
 
 # %% ../nbs/07_lr_restarting.ipynb #dbb611a7
 def _fingerprint(tensors, record):
@@ -171,21 +172,28 @@ def _unpack(tensors, opt, padded):
         for n, p in padded.net.named_parameters():
             if n in state: opt.state[p][kind] = torch.empty_like(p).copy_(state[n]) if state[n].ndim else state[n].to(p.device)
 
-# %% ../nbs/07_lr_restarting.ipynb #186cad28
+# %% ../nbs/07_lr_restarting.ipynb #b8fcadd4
+def _share(x, y, rt):
+    "This process's part of a batch, and for how many of the batch's images it stands."
+    if len(y) < rt.processes: return x, y, len(y) / rt.processes          # too few to divide: all compute all of them
+    return rt.part(x), rt.part(y), len(rt.part(y))
+
+# %% ../nbs/07_lr_restarting.ipynb #ce2ee139
 def _epoch(net, loader, objective, opt, masks, rates, seed, rt):
-    "One epoch of training; mean loss and accuracy, still on the device."
+    "One epoch of training; mean loss and accuracy, still on the device; of several processes, each one's contribution to the mean."
     net.train()
     total, seen = torch.zeros(2, device=rt.device, dtype=torch.float64 if rt.device != 'mps' else torch.float32), 0
     for (x, y), (lr, momentum) in zip(loader.epoch(*seed), rates):
         for g in opt.param_groups:
             g['lr'] = lr
             if 'momentum' in g: g['momentum'] = momentum
+        n = len(y); x, y, mine = _share(x, y, rt)
         with rt.autocast(): loss, logits = objective(net, x, y)
         opt.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss * (mine * rt.processes / n)).backward()                     # alone: times 1
         opt.step()
         keep_zeros(masks)
-        total += torch.stack([loss.detach() * len(y), (logits.detach().argmax(1) == y).sum()]); seen += len(y)
+        total += torch.stack([loss.detach() * mine, (logits.detach().argmax(1) == y).sum() * (mine / len(y))]); seen += n
     return total / seen
 
 def _check(record, what, kept):
@@ -207,16 +215,15 @@ def _set_aside(path, why, say):
     except OSError as e: raise StoreError(f'{why}; and it cannot be renamed: {e.strerror}') from e
     say(f'{why}; it is set aside as {aside.name}, and this training starts again')
 
-def _resume(path, opt, padded, of, here, say):
-    "The history up to the checkpoint, whose tensors are put back; an empty history where there is none."
-    if path is None or not path.exists(): return []
+def _found(path, of, here, say):
+    "Tensors and history of this training's checkpoint; an empty history where there is none that can be used."
+    if path is None or not path.exists(): return {}, []
     try: tensors, record = read_checkpoint(path)
-    except DamagedFile as e: _set_aside(path, str(e), say); return []
-    if not isinstance(record, dict) or record.get('of') != of: _set_aside(path, f'checkpoint {str(path)!r} belongs to another training', say); return []
+    except DamagedFile as e: _set_aside(path, str(e), say); return {}, []
+    if not isinstance(record, dict) or record.get('of') != of: _set_aside(path, f'checkpoint {str(path)!r} belongs to another training', say); return {}, []
     other = [f'{n} {record["machine"].get(n)} there, {v} here' for n, v in here.items() if record['machine'].get(n) != v]
     if other: say(f'going on with {path} from another machine or version ({"; ".join(other)}): the last digits may differ from an uninterrupted run')
-    _unpack(tensors, opt, padded)
-    return record['history']
+    return tensors, record['history']
 
 # %% ../nbs/07_lr_restarting.ipynb #14d69b23
 def loaders(data,                    # a `Dataset`, or anything with a method of this name
@@ -234,7 +241,7 @@ def fit(net: nn.Module,              # stays as it is
         seed: tuple = (0, 'fit'),    # names the random numbers
         rt: Runtime = Runtime(),     # where
         checkpoint=None,             # file to resume from and to write after each epoch; None: keep nothing
-        on_epoch=None,               # called after each epoch with its record
+        on_epoch=None,               # called after each epoch with its record (of several processes in the main one)
         say=print,                   # called with one line when something deserves to be said
        ) -> tuple[Network, list[dict]]: # the trained network, in evaluation mode on the CPU, and one record per epoch
     "Train a network; the last epoch counts. Raises `Diverged` when a loss is no longer a number."
@@ -243,16 +250,21 @@ def fit(net: nn.Module,              # stays as it is
         padded = _Padded(net, rt)
         opt, masks, path = optimizer(training, padded.net), zero_masks(padded.net), checkpoint and Path(checkpoint)
         steps, here, of = len(train), describe(rt), path and _identity(net, data, training, seed, rt)
-        history = _resume(path, opt, padded, of, here, say)
+        tensors, history = rt.from_main(lambda: _found(path, of, here, say))
+        if history: _unpack(tensors, opt, padded)
         rates = list(zip(learning_rates(training, steps), momenta(training, steps)))
-        run = torch.compile(padded.net) if rt.compile else padded.net
-        for epoch in range(len(history), training.epochs):
-            mine = rates[epoch * steps:(epoch + 1) * steps]
-            torch.manual_seed(derive_seed(*seed, epoch, 'layers'))                       # for layers that draw, such as dropout
-            loss, accuracy = _epoch(run, train, objective, opt, masks, mine, (*seed, epoch), rt).tolist()
-            test_loss, test_accuracy = evaluate(run, test, rt)
-            history.append(dict(epoch=epoch + 1, lr=mine[-1][0], train_loss=loss, train_accuracy=accuracy, test_loss=test_loss, test_accuracy=test_accuracy))
+        run = rt.together(padded.net)
+        if rt.compile: run = torch.compile(run)
+        def keep():
             _check(history[-1], ' '.join(map(str, seed)), kept=bool(path and epoch))
             if path: write_checkpoint(path, _pack(opt, padded), {'of': of, 'history': history, 'machine': here})
             if on_epoch: on_epoch(history[-1])
+        for epoch in range(len(history), training.epochs):
+            mine = rates[epoch * steps:(epoch + 1) * steps]
+            torch.manual_seed(derive_seed(*seed, epoch, 'layers'))                       # for layers that draw, such as dropout
+            loss, accuracy = (rt.processes * v for v in rt.mean(_epoch(run, train, objective, opt, masks, mine, (*seed, epoch), rt).tolist()))
+            rt.average_statistics(padded.net)
+            test_loss, test_accuracy = evaluate(run, test, rt)
+            history.append(dict(epoch=epoch + 1, lr=mine[-1][0], train_loss=loss, train_accuracy=accuracy, test_loss=test_loss, test_accuracy=test_accuracy))
+            rt.from_main(keep)
         return padded.result(), history

@@ -27,7 +27,7 @@ def go(out, recipe=SMALL, data=None, say=lambda line: None):
         pipeline.load, report._save = (lambda name, root=None: data), (lambda fig, path: None)
         report.plot_run = report.plot_tradeoff = lambda r: None
     home = pipeline.run(recipe, out, RT, say=say)
-    report.write(home)
+    if RT.rank == 0: report.write(home)
     return home
 
 def die_at(n, moment):

@@ -104,7 +104,7 @@ def listing(rt=None) -> str: # runtime to measure; None: what suits this machine
         rows.append(f'{name:26} {r.epochs:>6} {r.iterations:>3} × {r.retrain_epochs:<2} {r.distill_epochs:>6} {r.seeds:>5} {time:>10}  {r.widths(0)[-1]} → {r.widths(r.iterations)[-1]}')
     return '\n'.join([*rows, foot])
 
-# %% ../nbs/16_cli.ipynb #46765591
+# %% ../nbs/16_cli.ipynb #a5087309
 def _runtime(args):
     "The runtime that the arguments describe."
     from kesi.runtime import auto

@@ -7,8 +7,8 @@ __all__ = ['SCHEMA', 'Stage', 'Numerics', 'Baseline', 'Prune', 'Retrain', 'Disti
            'lineage', 'Store', 'read_manifest', 'measure', 'epoch_work', 'work_of', 'Progress', 'slug', 'open_store',
            'load_for', 'note', 'run']
 
-# %% ../nbs/10_kesi.ipynb #9311ee39
-import contextlib, dataclasses, errno, functools, json, math, os, shutil, time
+# %% ../nbs/10_kesi.ipynb #563a3979
+import contextlib, dataclasses, errno, functools, json, math, multiprocessing, os, shutil, signal, time
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,7 +23,7 @@ from .macs import count, image_macs
 from .models import Network, Spec, build, load as load_network, pretrained, save
 from .paper import Recipe, UserError
 from .pruning import prune_filters, prune_weights
-from .runtime import DamagedFile, Diverged, KesiError, Runtime, StoreError, auto, describe, digest, locked, sha256, sync_folder, write_atomic, write_json
+from .runtime import Busy, DamagedFile, Diverged, KesiError, Runtime, StoreError, auto, describe, digest, locked, sha256, sync_folder, write_atomic, write_json
 from .training import Training, answers, fit, loaders
 
 # %% ../nbs/10_kesi.ipynb #5bc4a435
@@ -292,7 +292,7 @@ def tidy(self: Store, stage):
         for t in work.glob('.*.tmp'): t.unlink()
         work.rmdir()
 
-# %% ../nbs/10_kesi.ipynb #80836c3b
+# %% ../nbs/10_kesi.ipynb #80755dbe
 @patch
 def ensure(self: Store,
            stage: Stage,        # what is wanted
@@ -300,13 +300,14 @@ def ensure(self: Store,
            rt: Runtime,         # where to compute
            on_epoch=None,       # called with (stage, record) after each epoch
            on_stage=None,       # called with (stage, manifest) after a stage was computed
+           wait=True,           # for another process that works on it? else `Busy` is raised
           ) -> dict:            # the stage's manifest
-    "Have a stage finished, computing whatever is missing. Of several processes the main one looks, locks and writes; all compute."
+    "Have a stage finished, computing whatever is missing. Of several processes that train together the main one looks, locks and writes; all compute."
     m, clean = rt.from_main(lambda: (self.manifest(stage, mend=False), not self.work(stage).exists()))
     if m and clean: return m
     if not m:
-        for p in stage.parents: self.ensure(p, data, rt, on_epoch, on_stage)
-    with self._lock(stage) if rt.rank == 0 else contextlib.nullcontext() as held:
+        for p in stage.parents: self.ensure(p, data, rt, on_epoch, on_stage, wait)
+    with self._lock(stage, wait) if rt.rank == 0 else contextlib.nullcontext() as held:
         m, computed = rt.from_main(lambda: self.manifest(stage)), False
         if not m: self._compute(stage, data, rt, on_epoch); m, computed = rt.from_main(lambda: self.manifest(stage)), True
         if held: self.tidy(stage)                        # without locks somebody may still work there
@@ -315,7 +316,7 @@ def ensure(self: Store,
     return m
 
 @patch
-def _lock(self: Store, stage): return locked(self.root/'.locks'/f'{stage.folder}.lock', stage.folder, self.say)
+def _lock(self: Store, stage, wait): return locked(self.root/'.locks'/f'{stage.folder}.lock', stage.folder, self.say, wait)
 
 @patch
 def _compute(self: Store, stage, data, rt, on_epoch):
@@ -329,7 +330,31 @@ def _compute(self: Store, stage, data, rt, on_epoch):
         rt.from_main(lambda: self.finish(stage, net, history, data, rt, time.perf_counter() - begun))
     except Diverged as e: raise Diverged(f'{stage.folder}: {e}') from e
 
-# %% ../nbs/10_kesi.ipynb #ca8bab09
+# %% ../nbs/10_kesi.ipynb #ab231f4c
+@patch
+def ensure_all(self: Store,
+               stages,            # what is wanted, parents before children
+               data: Dataset,
+               rt: Runtime,
+               on_epoch=None,     # called with (stage, record) after each epoch here
+               on_stage=None,     # called with (stage, manifest) after a stage was computed here
+               on_there=None,     # called with (stage, manifest) when a stage is there, whoever computed it
+               idle=None,         # called where all that is left is in other hands; None: wait for the first of it
+              ):
+    "Have all stages finished; other processes may do the same at the same time."
+    left, alone = list(stages), rt.processes > 1          # processes that train together must agree on every step
+    while left:
+        for stage in list(left):
+            missing = not alone and not self.path(stage).exists()
+            try: m = self.ensure(stage, data, rt, on_epoch, on_stage, wait=alone)
+            except Busy: continue
+            left.remove(stage)
+            if on_there and rt.rank == 0: on_there(stage, m)
+            if missing: break                             # begin again: something before may be free now
+        else:
+            if left: idle() if idle else self.ensure(left[0], data, rt, on_epoch, on_stage)
+
+# %% ../nbs/10_kesi.ipynb #7e6533a9
 def epoch_work(r: Recipe,
                train: int,  # training images
                test: int,   # test images
@@ -346,6 +371,7 @@ def work_of(r: Recipe, stages: dict, data: Dataset) -> dict[str, float]:
     work = epoch_work(r, len(data.train), len(data.test), data.size)
     return {s.key: work[n] for n, s in stages.items()}
 
+# %% ../nbs/10_kesi.ipynb #85cef79d
 class Progress:
     "Where a run is, and how long it will take. Draws a bar on a terminal, and says one line per finished stage."
     def __init__(self, seeds, r, data, store, say, work=work_of, show=True):
@@ -353,11 +379,13 @@ class Progress:
         for i, stages in enumerate(seeds):
             self.work.update(work(r, stages, data))
             self.names.update({s.key: (f'seed {i+1}/{len(seeds)} · {n}' + (f'/{r.iterations}' if ' ' in n else ''), s.training.epochs) for n, s in stages.items()})
-        missing = [s for s in {s.key: s for stages in seeds for s in stages.values()}.values() if not store.path(s).exists()]
-        self.total = sum(self.work[s.key] * s.training.epochs for s in missing)
-        self.bar = tqdm(total=100, disable=None if missing and show else True, leave=False, bar_format='{percentage:3.0f}% |{bar:20}| {desc}')
+        self.left = {k: self.work[k] * epochs for k, (_, epochs) in self.names.items()}
+        for s in lineage(s for stages in seeds for s in stages.values()):
+            if store.path(s).exists(): self.left.pop(s.key, None)
+        self.total = sum(self.left.values())
+        self.bar = tqdm(total=100, disable=None if self.left and show else True, leave=False, bar_format='{percentage:3.0f}% |{bar:20}| {desc}')
 
-    def left(self) -> str:
+    def to_go(self) -> str:
         "Estimated time to go, from the work done so far."
         if not self.done: return ''
         s = round((time.perf_counter() - self.begun) * max(self.total - self.done, 0) / self.done)
@@ -365,13 +393,20 @@ class Progress:
 
     def epoch(self, stage, record):
         self.done += self.work[stage.key]
+        if stage.key in self.left: self.left[stage.key] -= self.work[stage.key]
         name, epochs = self.names[stage.key]
         self.bar.n = min(100, 100 * self.done / max(self.total, 1))
-        self.bar.set_description_str(f'{name} · epoch {record["epoch"]}/{epochs} · test {record["test_accuracy"]:.1%} · {self.left()}')
+        self.bar.set_description_str(f'{name} · epoch {record["epoch"]}/{epochs} · test {record["test_accuracy"]:.1%} · {self.to_go()}')
 
     def stage(self, stage, m):
-        if stage.key in self.names and self.say:
-            self.bar.clear(); self.say(f'{self.names[stage.key][0]}: test accuracy {m["metrics"]["accuracy"]:.2%}, {m["metrics"]["params"]:,} parameters · {self.left()}')
+        "A stage was computed."
+        if stage.key not in self.names or not self.say: return
+        self.done += self.left.pop(stage.key, 0)          # epochs of other processes
+        self.bar.clear(); self.say(f'{self.names[stage.key][0]}: test accuracy {m["metrics"]["accuracy"]:.2%}, {m["metrics"]["params"]:,} parameters · {self.to_go()}')
+
+    def there(self, stage, m):
+        "A stage is there; news where another process computed it."
+        if stage.key in self.left: self.stage(stage, m)
 
 # %% ../nbs/10_kesi.ipynb #f36f8148
 def slug(r: Recipe) -> str:
@@ -397,21 +432,48 @@ def note(store: Store, r: Recipe, seeds, data: Dataset, rt: Runtime) -> Path: # 
                                  'seeds': [{n: s.folder for n, s in stages.items()} for stages in seeds]})
     return home
 
-# %% ../nbs/10_kesi.ipynb #de6dff07
+# %% ../nbs/10_kesi.ipynb #30d5968b
+def _plan(recipe, out, rt, data_root, say):
+    "The dataset, the store, and the stages of each seed."
+    data, store = load_for(recipe, data_root), open_store(out, rt, say or (lambda line: None))
+    return data, store, [graph(recipe, seed, data, rt) for seed in range(recipe.seeds)]
+
+def _pause(): time.sleep(.1)
+
+def _help(main, *what):
+    "What a helper does: the same run, silently, as long as the main process is there."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                      # the main process ends its helpers
+    def wanted(*_):
+        if os.getppid() != main: os._exit(1)
+    with contextlib.suppress(Exception):                              # the main process meets the same error, and tells it
+        data, store, seeds = _plan(*what, None)
+        store.ensure_all(lineage(s for stages in seeds for s in stages.values()), data, what[2], wanted, wanted, idle=lambda: (wanted(), _pause()))
+
+@contextlib.contextmanager
+def _helpers(n, *what):
+    "Processes that compute stages of the same run while the block runs."
+    spawn = multiprocessing.get_context('spawn')
+    team = [spawn.Process(target=_help, args=(os.getpid(), *what), daemon=True) for _ in range(n)]
+    for p in team: p.start()
+    try: yield
+    finally:
+        for p in team: p.terminate()
+        for p in team: p.join()
+
 def run(recipe: Recipe | str,        # a recipe, or the name of one
         out='runs',                  # folder of the runs
         rt: Runtime | None = None,   # where to compute; None: what suits this machine
         data_root=None,              # folder with downloaded datasets
         say=print,                   # called with one line per finished stage; None: be quiet
+        jobs: int = 1,               # stages at a time, each in a process of its own with the runtime's threads
        ) -> Path:                    # the folder for the recipe's report, with `run.json` in it
     "Run all seeds and variants of a recipe. What is finished already is not computed again."
     r, rt = (paper.recipe(recipe) if isinstance(recipe, str) else recipe), rt or auto()
-    data, store = load_for(r, data_root), open_store(out, rt, say or (lambda line: None))
-    seeds = [graph(r, seed, data, rt) for seed in range(r.seeds)]
+    if jobs < 1 or (jobs > 1 and rt.processes > 1): raise UserError(f'jobs must be a whole number from 1, and 1 where processes train together; got {jobs}')
+    data, store, seeds = _plan(r, out, rt, data_root, say)
     rt.from_main(lambda: note(store, r, seeds, data, rt))
     progress = Progress(seeds, r, data, store, say, show=rt.rank == 0)
-    try:
-        for stages in seeds:
-            for stage in lineage(stages.values()): store.ensure(stage, data, rt, progress.epoch, progress.stage)
-    finally: progress.bar.close()
+    helpers = min(jobs - 1, len(progress.left))
+    with contextlib.closing(progress.bar), _helpers(helpers, r, out, rt, data_root):
+        store.ensure_all(lineage(s for stages in seeds for s in stages.values()), data, rt, progress.epoch, progress.stage, progress.there, _pause if helpers else None)
     return rt.from_main(lambda: note(store, r, seeds, data, rt))      # once more: a run with other seeds or variants may have noted its own meanwhile

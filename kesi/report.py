@@ -199,7 +199,7 @@ def plot_tradeoff(report: dict):
     ax.set(xlabel='MACs of one image (millions)' + (', weights that are not zero' if r.method == 'weights' else ''), ylabel='test accuracy (%)'); ax.legend(fontsize=8)
     return fig
 
-# %% ../nbs/11_report.ipynb #ff31fb44
+# %% ../nbs/11_report.ipynb #d2442d38
 class _Drawing:
     "The few shapes that a picture needs, collected as SVG."
     def __init__(self, width, height): self.size, self.parts = (width, height), []

@@ -286,7 +286,7 @@ def measured(store, g, ensembles, data):
                     'cost': cost_of_training(store, [g[m] for m in members], data), 'members': members}
     return found
 
-# %% ../nbs/17_studies.ipynb #a8397714
+# %% ../nbs/17_studies.ipynb #700ef369
 def file_name(name, data): return f'{name}.json' if data == 'digits' else f'{name}-{data}.json'
 
 def _check(name, recipe):
@@ -306,14 +306,12 @@ def run_study(name: str,                  # a key of `STUDIES`
     study, rt, data, store = STUDIES[name], rt or auto(), load(recipe.data, data_root), Store(out, say)
     path = Path(results or store.root/'studies')/file_name(name, recipe.data)
     graphs, seeds, manifests = [study.stages(recipe, seed, data, rt) for seed in range(recipe.seeds)], [], []
-    todo = sum(not store.path(s).exists() for s in {s.key: s for g in graphs for s in lineage(g.values())}.values())
+    todo = {s.key for g in graphs for s in lineage(g.values()) if not store.path(s).exists()}
     for seed, g in enumerate(graphs):
-        for s in lineage(g.values()):
-            label, there = next((n for n, t in g.items() if t.key == s.key), s.kind), store.path(s).exists()
-            m = store.ensure(s, data, rt)
-            if there: continue
-            todo -= 1
-            say(f'{name} · {recipe.data} · seed {seed + 1}/{recipe.seeds} · {label}: test accuracy {m["metrics"]["accuracy"]:.2%}, {todo} stages to go')
+        label = {s.key: s.kind for s in lineage(g.values())} | {s.key: n for n, s in reversed(g.items())}
+        def there(s, m):
+            if s.key in todo: todo.remove(s.key); say(f'{name} · {recipe.data} · seed {seed + 1}/{recipe.seeds} · {label[s.key]}: test accuracy {m["metrics"]["accuracy"]:.2%}, {len(todo)} stages to go')
+        store.ensure_all(lineage(g.values()), data, rt, on_there=there)
         manifests += [store.manifest(s) for s in lineage(g.values())]
         more = study.more(store, g, data, rt) if study.more else {}
         seeds.append({'seed': seed, 'networks': measured(store, g, study.ensembles(g), data), **more})

@@ -202,7 +202,7 @@ def _check(record, what, kept):
     if bad: raise Diverged(f'{what}: {" and ".join(bad)} in epoch {record["epoch"]} at learning rate {record["lr"]:g}; '
                            'try a lower learning rate, a longer warm-up or float32 precision.' + ' The last good epoch is kept.' * kept)
 
-# %% ../nbs/07_lr_restarting.ipynb #2eb63162
+# %% ../nbs/07_lr_restarting.ipynb #e46bc4a2
 def _identity(net, data, training, seed, rt):
     "Names a training: the start, the images, the settings and the seed."
     start = _fingerprint({n: t.detach().cpu().contiguous() for n, t in net.state_dict().items()}, '')
@@ -225,7 +225,7 @@ def _found(path, of, here, say):
     if other: say(f'going on with {path} from another machine or version ({"; ".join(other)}): the last digits may differ from an uninterrupted run')
     return tensors, record['history']
 
-# %% ../nbs/07_lr_restarting.ipynb #14d69b23
+# %% ../nbs/07_lr_restarting.ipynb #ca2050d8
 def loaders(data,                    # a `Dataset`, or anything with a method of this name
             batch: int,              # images per step
             rt: Runtime,

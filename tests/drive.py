@@ -58,12 +58,16 @@ class Limited:
 def child(out, recipe, tiny, how, log):
     "One process; its exit code is the command's. What it says goes into the file `log`."
     sys.stdout = sys.stderr = open(log, 'a', buffering=1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)         # a shell's background jobs ignore it
     if 'kill' in how: die_at(*how['kill'])
     if 'limit' in how: sys.stdout = sys.stderr = Limited(sys.stdout, how['limit'])
     if how.get('lockless'):
         import filelock
         def none(self, *a, **kw): raise OSError(errno.ENOSYS, 'no locks here')
         filelock.FileLock.acquire = none
+    compute = pipeline.Store._compute
+    def told(self, stage, *a): print('computing', stage.kind); compute(self, stage, *a)
+    pipeline.Store._compute = told
     class Args: pass
     sys.exit(cli.guarded(lambda args: go(out, recipe, blobs() if tiny else None, print), Args()))
 

@@ -1,7 +1,7 @@
 "The commands as a user runs them: in processes of their own."
-import json, subprocess, sys
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
-import pytest
+import psutil, pytest
 
 SMALL = ('digits/resnet8', '--seeds', '1', '--set', 'iterations=2', '--budget', '0.15', '--threads', '1', '--precision', 'float32')
 
@@ -17,25 +17,60 @@ def content(out):
     return [{k: v for k, v in r.items() if k != 'provenance'} for r in reports]
 
 
-def test_two_runs_give_identical_numbers(tmp_path):
-    for out in ('a', 'b'):
-        done = command('kesi_run', *SMALL, '--out', out, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    assert content(tmp_path/'a') == content(tmp_path/'b') != []
-    for p in (tmp_path/'a').glob('*/model.safetensors'):
-        assert p.read_bytes() == (tmp_path/'b'/p.parent.name/p.name).read_bytes()
+def same(a, b):
+    assert content(a) == content(b) != []
+    networks = {p.parent.name: p.read_bytes() for p in a.glob('*/model.safetensors')}
+    assert networks == {p.parent.name: p.read_bytes() for p in b.glob('*/model.safetensors')}
 
 
-def test_second_run_computes_nothing(tmp_path):
-    command('kesi_run', *SMALL, '--out', 'runs', cwd=tmp_path)
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path/'runs').glob('*/*')}
-    done = command('kesi_run', *SMALL, '--out', 'runs', cwd=tmp_path)
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    "The folder of a small run."
+    where = tmp_path_factory.mktemp('small')
+    done = command('kesi_run', *SMALL, cwd=where)
+    assert done.returncode == 0, done.stderr
+    return where/'runs'
+
+
+def test_two_runs_give_identical_numbers(tmp_path, runs):
+    "The second one by two processes side by side."
+    done = command('kesi_run', *SMALL, '--jobs', '2', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('test accuracy') == 6
+    same(tmp_path/'runs', runs)
+
+
+def test_second_run_computes_nothing(runs):
+    before = {p: p.stat().st_mtime_ns for p in runs.glob('*/*') if p.parent.name not in ('reports', '.locks')}
+    done = command('kesi_run', *SMALL, cwd=runs.parent)
     assert done.returncode == 0 and 'test accuracy' not in done.stdout and 'report.md' in done.stdout
-    stages = {p: t for p, t in before.items() if p.parent.name not in ('reports', '.locks')}
-    assert {p: p.stat().st_mtime_ns for p in stages} == stages
+    assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
-@pytest.mark.parametrize('method', ('filters', 'weights'))
+def gone(process):
+    try: return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess: return True
+
+
+@pytest.mark.parametrize('number', (signal.SIGKILL, signal.SIGINT))
+def test_helpers_end_with_their_run(tmp_path, runs, number):
+    code = 'import sys; from kesi.cli import kesi_run; sys.exit(kesi_run())'
+    p = subprocess.Popen([sys.executable, '-u', '-c', code, *SMALL, '--jobs', '3'], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))                        # a shell's background jobs ignore it
+    assert 'baseline: test accuracy' in p.stdout.readline()
+    helpers = psutil.Process(p.pid).children()
+    assert len(helpers) >= 2
+    if number == signal.SIGKILL: p.kill()
+    else: os.killpg(p.pid, number)
+    said = p.communicate(timeout=60)[1]
+    if number == signal.SIGINT: assert p.returncode == 130 and said == 'error: stopped; run the same command again to go on\n'
+    patience = time.monotonic() + 60
+    while not all(map(gone, helpers)): assert time.monotonic() < patience; time.sleep(.1)
+    assert command('kesi_run', *SMALL, cwd=tmp_path).returncode == 0
+    same(tmp_path/'runs', runs)
+
+
+@pytest.mark.parametrize('method', ('filters', pytest.param('weights', marks=pytest.mark.soak)))
 def test_every_network_runs_end_to_end(tmp_path, method):
     "A handful of batches per stage: one pruning, one epoch of everything, on a few digits for the large networks."
     driver = Path(__file__).with_name('few_digits.py')

@@ -29,7 +29,7 @@ def kill_one(out, killed):
         time.sleep(.02)
 
 @pytest.mark.parametrize('names, seeds, settings', (
-    (['digits/resnet8'], 1, (*QUICK, 'epochs=6')),
+    pytest.param(['digits/resnet8'], 1, (*QUICK, 'epochs=6'), marks=pytest.mark.soak),
     pytest.param(['digits/resnet8', 'digits/resnet14'], 3, ('iterations=2', 'epochs=6', 'retrain_epochs=2', 'distill_epochs=2'), marks=pytest.mark.soak)), ids=('one', 'grid'))
 def test_a_killed_worker_changes_nothing(tmp_path, names, seeds, settings):
     pytest.importorskip('ray')

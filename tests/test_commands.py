@@ -2,6 +2,7 @@
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest
+from kesi.paper import NETWORKS
 
 SMALL = ('digits/resnet8', '--seeds', '1', '--set', 'iterations=2', '--budget', '0.15', '--threads', '1', '--precision', 'float32')
 
@@ -70,9 +71,12 @@ def test_helpers_end_with_their_run(tmp_path, runs, number):
     same(tmp_path/'runs', runs)
 
 
-@pytest.mark.parametrize('method', ('filters', pytest.param('weights', marks=pytest.mark.soak)))
-def test_every_network_runs_end_to_end(tmp_path, method):
-    "A handful of batches per stage: one pruning, one epoch of everything, on a few digits for the large networks."
+ONE_OF_EACH_FAMILY = ('resnet20', 'preresnet11', 'wrn_10_1', 'vgg16', 'resnet18')
+
+@pytest.mark.parametrize('method, networks', (('filters', ONE_OF_EACH_FAMILY), ('weights', ONE_OF_EACH_FAMILY[:2]), *(pytest.param(m, NETWORKS, marks=pytest.mark.soak) for m in ('filters', 'weights'))),
+                         ids=('filters', 'weights', 'filters, all', 'weights, all'))
+def test_networks_run_end_to_end(tmp_path, method, networks):
+    "A handful of batches per stage: one pruning, one epoch of everything, on a few digits."
     driver = Path(__file__).with_name('few_digits.py')
-    done = subprocess.run([sys.executable, str(driver), method], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, str(driver), method, *networks], cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]

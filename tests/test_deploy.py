@@ -15,7 +15,9 @@ from kesi.runtime import KesiError, Runtime
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
-@pytest.mark.parametrize('name', FACTORIES)
+SLOW = ('densenet121', 'efficientnet_b0')
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.soak) if n in SLOW else n for n in FACTORIES])
 def test_onnx_answers_like_torch(name, tmp_path):
     net = pruned(name)[1]
     path = deploy.export(net, tmp_path/'n.onnx', SHAPE)

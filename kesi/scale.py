@@ -168,7 +168,7 @@ def makespan(stages: dict,  # key → stage, parents first
             if not waiting[c]: heapq.heappush(ready, (-urgent[c], c))
     return now
 
-# %% ../nbs/15_scale.ipynb #a1f80b0f
+# %% ../nbs/15_scale.ipynb #708013f9
 def _ray():
     "Ray without its dashboard and its reports to its makers."
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0'); os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')
@@ -180,7 +180,7 @@ def _connect(ray, workers, threads, address):
     "Join a cluster, or start one on this machine; whether it is ours to end."
     if ray.is_initialized(): return False
     quiet = dict(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    if address is None: return _start(ray, num_cpus=(workers * threads) if workers else None, object_store_memory=100 * 2**20, **quiet)
+    if address is None: return _start(ray, address='local', num_cpus=(workers * threads) if workers else None, object_store_memory=100 * 2**20, **quiet)
     try: ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as e: raise UserError(f'no Ray cluster answers at {address!r}: {str(e).splitlines()[0]}') from e
     return True

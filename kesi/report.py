@@ -6,7 +6,7 @@
 __all__ = ['VARIANTS', 'LABELS', 'CLAIMS', 'COLORS', 'summary', 'paired', 'provenance', 'collect', 'table', 'differences',
            'figure', 'plot_run', 'plot_tradeoff', 'draw_kesi', 'to_markdown', 'write', 'homes']
 
-# %% ../nbs/11_report.ipynb #4d019eaa
+# %% ../nbs/11_report.ipynb #6e4852c8
 import json, math, subprocess
 from html import escape
 from io import BytesIO
@@ -14,14 +14,14 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 import numpy as np, safetensors.torch, torch
-from scipy import stats
+from scipy.special import stdtrit                # quantiles of Student's t; scipy.stats takes seconds to import
 from . import paper
 from .ensemble import accuracy, mean_probabilities
 from .paper import UserError
 from .pipeline import SCHEMA, read_manifest
 from .runtime import write_atomic, write_json
 
-# %% ../nbs/11_report.ipynb #4e1a7749
+# %% ../nbs/11_report.ipynb #d470a2d5
 def summary(values) -> dict:
     "Mean, standard deviation (n-1) and the values themselves; the deviation of a single value is None."
     v = [float(x) for x in values]
@@ -33,7 +33,7 @@ def paired(a, b, # values of two variants, seed by seed
     d = np.asarray(a, float) - np.asarray(b, float)
     mean, n = float(d.mean()), len(d)
     if n < 2: return {'mean': mean, 'low': None, 'high': None, 'n': n, 'verdict': 'undecided'}
-    half = float(stats.t.ppf(.975, n - 1) * d.std(ddof=1) / math.sqrt(n))
+    half = float(stdtrit(n - 1, .975) * d.std(ddof=1) / math.sqrt(n))
     verdict = 'holds' if mean - half > 0 else 'opposite' if mean + half < 0 else 'undecided'
     return {'mean': mean, 'low': mean - half, 'high': mean + half, 'n': n, 'verdict': verdict}
 

@@ -53,7 +53,7 @@ def gone(process):
     except psutil.NoSuchProcess: return True
 
 
-@pytest.mark.parametrize('number', (signal.SIGKILL, signal.SIGINT))
+@pytest.mark.parametrize('number', (signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.soak)))
 def test_helpers_end_with_their_run(tmp_path, runs, number):
     code = 'import sys; from kesi.cli import kesi_run; sys.exit(kesi_run())'
     p = subprocess.Popen([sys.executable, '-u', '-c', code, *SMALL, '--jobs', '3'], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,

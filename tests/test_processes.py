@@ -46,7 +46,8 @@ def test_stages_of_several_processes_are_their_own(pair, tiny):
     names = lambda out: {p.parent.name for p in out.glob('*/manifest.json')}
     assert not names(pair) & names(tiny[0]) and len(names(pair)) == len(names(tiny[0]))
 
-@pytest.mark.parametrize('rank', (1, pytest.param(0, marks=pytest.mark.soak)))
+@pytest.mark.soak
+@pytest.mark.parametrize('rank', (0, 1))
 def test_a_killed_process_resumes(pair, tmp_path, rank):
     out, log = tmp_path/'runs', tmp_path/'log'
     assert together(2, 'run', out, rank, 4, log=log) != 0               # the second epoch of the first retraining

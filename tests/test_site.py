@@ -125,6 +125,7 @@ ready.then(() => Promise.all(all('article img').map(e => e.decode().catch(() => 
 def test_pages_look_right(site, browser):
     "No errors, no other hosts; in every window all formulas and pictures there, nothing wider than the window, text and ground apart."
     formulas = pictures = 0
+    browser.get_log('browser'); requested(browser)                    # what other tests left
     for page in pages(site):
         see_as(browser)
         browser.get((site/page).as_uri())

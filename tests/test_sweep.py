@@ -46,6 +46,7 @@ def test_a_killed_worker_changes_nothing(tmp_path, names, seeds, settings):
     b = scale.bill(scale.Sweep(recipes, RT), RT)
     assert len(list((tmp_path/'runs').glob('*/manifest.json'))) == b['stages'] < b['stages apart']
 
+@pytest.mark.soak
 def test_a_failing_stage_fails_alone(tmp_path):
     "A loss that becomes NaN ends its own branch; the others are finished and reported."
     pytest.importorskip('ray')

@@ -12,8 +12,8 @@ run: .venv/installed        ## the main job: ResNet-20 on digits, 3 seeds, all v
 
 test: .venv/developer       ## everything that must hold before a commit
 	$(PATHS) $(BIN)/ruff check kesi tests docs
-	$(PATHS) $(ENV) $(BIN)/nbdev_test --n_workers 3 --do_print
-	$(PATHS) $(ENV) $(BIN)/python -m pytest -q -n 3 --dist worksteal --durations 12 -m "not soak" tests
+	$(PATHS) $(ENV) $(BIN)/nbdev_test --n_workers 2 --do_print
+	$(PATHS) $(ENV) $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 12 -m "not soak" tests
 
 soak: .venv/developer       ## the long tests: many kills, races, full disks, hundreds of bad inputs
 	$(PATHS) $(ENV) $(BIN)/python -m pytest -q -m soak tests

@@ -344,7 +344,7 @@ def kesi_study(argv=None) -> int: # exit code
     "The command `kesi_study`."
     return guarded(_study, _study_parser().parse_args(argv))
 
-# %% ../nbs/17_studies.ipynb #30bef453
+# %% ../nbs/17_studies.ipynb #357004cf
 def found(name: str, folder='results') -> list[dict]:
     "The results of one study: the digits first, then other datasets, as far as they are there."
     paths = [Path(folder)/f'{name}.json', *sorted(Path(folder).glob(f'{name}-*.json'))]
@@ -373,7 +373,7 @@ def claims(rows, # triples (claim, a, b): it holds where a > b; values seed by s
     for claim, a, b in rows:
         d = paired(a, b)
         span = f'{d["low"]:+.{digits}f} to {d["high"]:+.{digits}f}' if d['low'] is not None else 'one seed only'
-        lines.append(f'| {claim} | {d["mean"]:+.{digits}f} | {span} | {said[d["verdict"]]} |')
+        lines.append(f'| {claim} | {round(d["mean"], digits) + 0:+.{digits}f} | {span} | {said[d["verdict"]]} |')
     return '\n'.join(lines)
 
 def about(result: dict) -> str: # Markdown

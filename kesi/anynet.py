@@ -7,7 +7,7 @@ __all__ = ['LOSSES', 'unwrapped', 'check_network', 'classes_of', 'Group', 'group
            'save', 'load', 'Batches', 'Source', 'Trained', 'Cut', 'Again', 'Strangers', 'chain', 'Compressed',
            'preview', 'compress']
 
-# %% ../nbs/12_any_network.ipynb #5886dbfd
+# %% ../nbs/12_any_network.ipynb #a466d7bb
 import contextlib, copy, dataclasses, hashlib, json, tempfile, warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from . import models, paper, report
 from .data import Dataset
 from .macs import count
 from .paper import Recipe, UserError
-from .pipeline import SCHEMA, Distill, Numerics, Progress, Prune, Retrain, Stage, Store, trainings
+from .pipeline import SCHEMA, Distill, Numerics, Progress, Prune, Retrain, Stage, Store, stages_of, trainings
 from .pruning import conv_weights, l1
 from .runtime import DamagedFile, Runtime, auto, digest, generator, write_atomic, write_json
 from .training import fit, loaders
@@ -47,7 +47,7 @@ def check_network(net, # what a caller says is a network
             raise UserError(f'{name}: layer {n!r} is already pruned by torch.nn.utils.prune; make that final first, with torch.nn.utils.prune.remove(layer, "weight"). Its zeros stay zero in training')
     return net
 
-# %% ../nbs/12_any_network.ipynb #308a2553
+# %% ../nbs/12_any_network.ipynb #58525dd7
 def _try(net, shape, training=False):
     "One forward pass of two images of noise, on a copy; what the network says."
     net = copy.deepcopy(net).cpu().train(training)
@@ -468,8 +468,8 @@ def preview(net, shape, rates, iterations, multiple=1, streams=False) -> list:
         net = cut(net, shape, rates, multiple, streams); steps.append(count(net, shape))
     return steps
 
-# %% ../nbs/12_any_network.ipynb #59401f3b
-def _recipe(net, name, free, rates, seeds, epochs, lr, settings):
+# %% ../nbs/12_any_network.ipynb #80376d1e
+def _recipe(net, name, rates, seeds, epochs, lr, settings):
     "A recipe for a stranger; fields that a recipe does not have are refused by name."
     own = {n: settings.pop(n) for n in ('arch', 'data', 'init', 'method', 'valid', 'epochs', 'shares') if n in settings}
     if own: raise UserError(f'compress has no setting {next(iter(own))!r}: it prunes filters of a network that is trained already')
@@ -482,6 +482,7 @@ def _runtime(rt):
     if rt.processes > 1: raise UserError('compress works in one process; start it without torchrun')
     return rt
 
+# %% ../nbs/12_any_network.ipynb #6f54b503
 def compress(net: nn.Module,          # a trained network: images → logits; stays as it is
              train,                   # (images, labels) tensors, torch Dataset, DataLoader of (image, label), or a kesi.data.Dataset
              test=None,               # the same; not needed with a kesi.data.Dataset
@@ -504,13 +505,13 @@ def compress(net: nn.Module,          # a trained network: images → logits; st
     k, low, high = classes_of(net, data.size), int(data.labels.min()), int(data.labels.max())
     if low < 0 or high >= k: raise UserError(f'labels must be from 0 to {k - 1}, as the network gives {k} logits; found {low if low < 0 else high}')
     found = groups(net, data.size, streams)
-    r = _recipe(net, name, found, spread(found, rates), seeds, epochs, lr, settings)
+    r = _recipe(net, name, spread(found, rates), seeds, epochs, lr, settings)
     steps = preview(net, data.size, r.rates, r.iterations, r.multiple, streams)
     say(f'{len(r.rates)} of {len(found)} groups of layers are cut {r.iterations} times: {steps[0].params:,} → {steps[-1].params:,} parameters, {steps[0].macs:,} → {steps[-1].macs:,} MACs')
     if zeros := sum(int((w == 0).sum()) for w in conv_weights(net).values()): say(f'{zeros:,} weights of convolutions are exactly zero; they are taken as pruned and stay zero')
     with contextlib.nullcontext(out) if name else tempfile.TemporaryDirectory() as root: return _compress(copy.deepcopy(net).cpu(), data, r, steps, found, root, loss, streams, rt, say, bool(name))
 
-# %% ../nbs/12_any_network.ipynb #32de4951
+# %% ../nbs/12_any_network.ipynb #bf2d796a
 def _compress(net, data, r, steps, found, root, loss, streams, rt, say, named):
     store = Strangers(root, net, data.size, say)
     first = Trained(type(net).__name__, _weights(net), Numerics(data.digest, tuple(sorted(rt.numerics.items()))))
@@ -521,8 +522,7 @@ def _compress(net, data, r, steps, found, root, loss, streams, rt, say, named):
     write_json(home/'run.json', {'schema': SCHEMA, 'recipe': dataclasses.asdict(r), 'runtime': dataclasses.asdict(rt), 'size': data.size, 'classes': None,
                                  'seeds': [{n: s.folder for n, s in stages.items()} for stages in seeds]})
     with contextlib.closing(_OwnProgress(seeds, r, data, store, say, work)) as progress:
-        for stages in seeds:
-            for stage in stages.values(): store.ensure(stage, data, rt, progress.epoch, progress.stage)
+        store.ensure_all(stages_of(seeds), data, rt, progress.epoch, progress.stage)
     told = report.write(home)
     last = list(seeds[0])[-1]
     return Compressed(store.network(seeds[0][last]), {n: s['history'] for n, s in told['seeds'][0]['stages'].items()}, told, found, steps, data.size, store.factory, home if named else None)

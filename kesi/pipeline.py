@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'Stage', 'Numerics', 'Baseline', 'Prune', 'Retrain', 'Distill', 'trainings', 'numerics', 'chains', 'graph',
-           'lineage', 'Store', 'read_manifest', 'measure', 'epoch_work', 'work_of', 'Progress', 'slug', 'open_store',
-           'load_for', 'note', 'run']
+           'lineage', 'stages_of', 'Store', 'read_manifest', 'measure', 'epoch_work', 'work_of', 'Progress', 'slug',
+           'open_store', 'load_for', 'note', 'run']
 
 # %% ../nbs/10_kesi.ipynb #563a3979
 import contextlib, dataclasses, errno, functools, json, math, multiprocessing, os, shutil, signal, time
@@ -146,7 +146,7 @@ def _prune(r, parent, i, on):
     if r.method == 'weights': return Prune(parent, on, share=r.pruning[i])
     return Prune(parent, on, rates=r.pruning, multiple=r.multiple if r.multiple > 1 else None)
 
-# %% ../nbs/10_kesi.ipynb #34ef8ef5
+# %% ../nbs/10_kesi.ipynb #ede25410
 def chains(r: Recipe) -> list[str]:
     "The ways of retraining that the recipe's variants need: KESI needs the snapshots of the restarts."
     return [c for c in ('pfec', 'one-cycle') if c in r.variants or (c == 'one-cycle' and 'kesi' in r.variants)]
@@ -173,6 +173,10 @@ def lineage(stages) -> list[Stage]:
         found[s.key] = s
     for s in stages: visit(s)
     return list(found.values())
+
+def stages_of(seeds: list[dict]) -> list[Stage]: # seed by seed: name → stage
+    "The stages of several seeds and all their ancestors, each once, parents first."
+    return lineage(s for stages in seeds for s in stages.values())
 
 # %% ../nbs/10_kesi.ipynb #a06c14dc
 SCHEMA = 1
@@ -249,7 +253,7 @@ def keep(self: Store, net, path):
     "Write a network to a file; stores of other networks have their own way (chapter 12)."
     save(net, path)
 
-# %% ../nbs/10_kesi.ipynb #b5674195
+# %% ../nbs/10_kesi.ipynb #e4213ac3
 def measure(net: Network, data: Dataset, rt: Runtime) -> tuple[dict, dict]:
     "What a manifest says about a network, and its logits on the test split with the labels."
     z, y = answers(rt.place(net), loaders(data, 500, rt)[1], rt)
@@ -282,6 +286,7 @@ def finish(self: Store, stage, net, history, data, rt, seconds):
         raise
     sync_folder(self.root)
 
+# %% ../nbs/10_kesi.ipynb #7227c907
 @patch
 def tidy(self: Store, stage):
     "Remove what computing a finished stage left behind; what was set aside stays."
@@ -330,7 +335,7 @@ def _compute(self: Store, stage, data, rt, on_epoch):
         rt.from_main(lambda: self.finish(stage, net, history, data, rt, time.perf_counter() - begun))
     except Diverged as e: raise Diverged(f'{stage.folder}: {e}') from e
 
-# %% ../nbs/10_kesi.ipynb #ab231f4c
+# %% ../nbs/10_kesi.ipynb #571e0242
 @patch
 def ensure_all(self: Store,
                stages,            # what is wanted, parents before children
@@ -342,11 +347,11 @@ def ensure_all(self: Store,
                idle=None,         # called where all that is left is in other hands; None: wait for the first of it
               ):
     "Have all stages finished; other processes may do the same at the same time."
-    left, alone = list(stages), rt.processes > 1          # processes that train together must agree on every step
+    left, together = list(stages), rt.processes > 1       # processes that train together take the same steps, so none goes ahead
     while left:
         for stage in list(left):
-            missing = not alone and not self.path(stage).exists()
-            try: m = self.ensure(stage, data, rt, on_epoch, on_stage, wait=alone)
+            missing = not together and not self.path(stage).exists()
+            try: m = self.ensure(stage, data, rt, on_epoch, on_stage, wait=together)
             except Busy: continue
             left.remove(stage)
             if on_there and rt.rank == 0: on_there(stage, m)
@@ -371,7 +376,7 @@ def work_of(r: Recipe, stages: dict, data: Dataset) -> dict[str, float]:
     work = epoch_work(r, len(data.train), len(data.test), data.size)
     return {s.key: work[n] for n, s in stages.items()}
 
-# %% ../nbs/10_kesi.ipynb #85cef79d
+# %% ../nbs/10_kesi.ipynb #bd9f2bae
 class Progress:
     "Where a run is, and how long it will take. Draws a bar on a terminal, and says one line per finished stage."
     def __init__(self, seeds, r, data, store, say, work=work_of, show=True):
@@ -380,7 +385,7 @@ class Progress:
             self.work.update(work(r, stages, data))
             self.names.update({s.key: (f'seed {i+1}/{len(seeds)} · {n}' + (f'/{r.iterations}' if ' ' in n else ''), s.training.epochs) for n, s in stages.items()})
         self.left = {k: self.work[k] * epochs for k, (_, epochs) in self.names.items()}
-        for s in lineage(s for stages in seeds for s in stages.values()):
+        for s in stages_of(seeds):
             if store.path(s).exists(): self.left.pop(s.key, None)
         self.total = sum(self.left.values())
         self.bar = tqdm(total=100, disable=None if self.left and show else True, leave=False, bar_format='{percentage:3.0f}% |{bar:20}| {desc}')
@@ -400,9 +405,9 @@ class Progress:
 
     def stage(self, stage, m):
         "A stage was computed."
-        if stage.key not in self.names or not self.say: return
+        if stage.key not in self.names: return
         self.done += self.left.pop(stage.key, 0)          # epochs of other processes
-        self.bar.clear(); self.say(f'{self.names[stage.key][0]}: test accuracy {m["metrics"]["accuracy"]:.2%}, {m["metrics"]["params"]:,} parameters · {self.to_go()}')
+        if self.say: self.bar.clear(); self.say(f'{self.names[stage.key][0]}: test accuracy {m["metrics"]["accuracy"]:.2%}, {m["metrics"]["params"]:,} parameters · {self.to_go()}')
 
     def there(self, stage, m):
         "A stage is there; news where another process computed it."
@@ -432,7 +437,7 @@ def note(store: Store, r: Recipe, seeds, data: Dataset, rt: Runtime) -> Path: # 
                                  'seeds': [{n: s.folder for n, s in stages.items()} for stages in seeds]})
     return home
 
-# %% ../nbs/10_kesi.ipynb #30d5968b
+# %% ../nbs/10_kesi.ipynb #1a99fcbf
 def _plan(recipe, out, rt, data_root, say):
     "The dataset, the store, and the stages of each seed."
     data, store = load_for(recipe, data_root), open_store(out, rt, say or (lambda line: None))
@@ -447,7 +452,7 @@ def _help(main, *what):
         if os.getppid() != main: os._exit(1)
     with contextlib.suppress(Exception):                              # the main process meets the same error, and tells it
         data, store, seeds = _plan(*what, None)
-        store.ensure_all(lineage(s for stages in seeds for s in stages.values()), data, what[2], wanted, wanted, idle=lambda: (wanted(), _pause()))
+        store.ensure_all(stages_of(seeds), data, what[2], wanted, wanted, idle=lambda: (wanted(), _pause()))
 
 @contextlib.contextmanager
 def _helpers(n, *what):
@@ -460,6 +465,7 @@ def _helpers(n, *what):
         for p in team: p.terminate()
         for p in team: p.join()
 
+# %% ../nbs/10_kesi.ipynb #df2dde6b
 def run(recipe: Recipe | str,        # a recipe, or the name of one
         out='runs',                  # folder of the runs
         rt: Runtime | None = None,   # where to compute; None: what suits this machine
@@ -475,5 +481,5 @@ def run(recipe: Recipe | str,        # a recipe, or the name of one
     progress = Progress(seeds, r, data, store, say, show=rt.rank == 0)
     helpers = min(jobs - 1, len(progress.left))
     with contextlib.closing(progress.bar), _helpers(helpers, r, out, rt, data_root):
-        store.ensure_all(lineage(s for stages in seeds for s in stages.values()), data, rt, progress.epoch, progress.stage, progress.there, _pause if helpers else None)
+        store.ensure_all(stages_of(seeds), data, rt, progress.epoch, progress.stage, progress.there, _pause if helpers else None)
     return rt.from_main(lambda: note(store, r, seeds, data, rt))      # once more: a run with other seeds or variants may have noted its own meanwhile

@@ -23,7 +23,7 @@ class Diverged(KesiError): "A loss became NaN or infinite."
 class StoreError(KesiError): "A run folder cannot be read or written."
 class Busy(KesiError): "Another process is doing this work."
 
-# %% ../nbs/01_runtime.ipynb #c3aea9e7
+# %% ../nbs/01_runtime.ipynb #cf0c667c
 def sync_folder(path):
     "Force a folder's list of names to disk (where the system allows it)."
     with contextlib.suppress(OSError):
@@ -48,6 +48,7 @@ def _write(path, content):
         with contextlib.suppress(OSError): temporary.unlink()
         raise
 
+# %% ../nbs/01_runtime.ipynb #0c9655de
 def write_atomic(path,            # file to write; its folder is made where it is missing
                  content,         # bytes, or text (written as UTF-8)
                 ) -> Path:        # the path
@@ -129,7 +130,7 @@ def generator(*parts) -> torch.Generator:
     "A random generator on the CPU, seeded by name."
     return torch.Generator().manual_seed(derive_seed(*parts))
 
-# %% ../nbs/01_runtime.ipynb #f21e39fa
+# %% ../nbs/01_runtime.ipynb #cb93aef7
 @dataclass(frozen=True)
 class Runtime:
     "Where and how to compute."
@@ -162,6 +163,7 @@ class Runtime:
         "The choices that change numbers; the number of processes where there are several."
         return {n: getattr(self, n) for n in ('precision', 'channels_last', 'pad', 'fold', 'compile') + ('processes',) * (self.processes > 1)}
 
+# %% ../nbs/01_runtime.ipynb #500ab89e
 def launched() -> int:
     "How many processes a launcher (torchrun, accelerate) started together with this one; 1 without a launcher."
     return int(os.environ.get('WORLD_SIZE', 1)) if 'LOCAL_RANK' in os.environ else 1

@@ -6,7 +6,7 @@
 __all__ = ['KNOWN', 'grid', 'Sizes', 'sizes', 'Sweep', 'spec_of', 'disk', 'speeds', 'duration', 'bill', 'urgency', 'makespan',
            'sweep', 'dry_run', 'Entry', 'users', 'inventory', 'inventory_table', 'busy', 'clean']
 
-# %% ../nbs/15_scale.ipynb #daa066a4
+# %% ../nbs/15_scale.ipynb #4ff182ba
 import dataclasses, fnmatch, functools, heapq, json, logging, os, re, shutil, sys, time
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from .data import SIZES
 from .macs import image_macs
 from .models import Spec, build
 from .paper import Recipe, UserError
-from .pipeline import Store, epoch_work, graph, lineage, load_for, note, read_manifest, slug
+from .pipeline import Store, epoch_work, graph, load_for, note, read_manifest, slug, stages_of
 from .runtime import DamagedFile, KesiError, Runtime, StoreError, auto
 
 # %% ../nbs/15_scale.ipynb #a707ec1a
@@ -61,7 +61,7 @@ def sizes(r: Recipe, data_root=None) -> Sizes:
     d = load_for(r, data_root)
     return Sizes(d.name, range(len(d.train)), range(len(d.test)), d.size, d.channels, range(len(d.classes)))
 
-# %% ../nbs/15_scale.ipynb #17f7d7af
+# %% ../nbs/15_scale.ipynb #394e5e99
 class Sweep:
     "Recipes, and the stages that they need together."
     def __init__(self,
@@ -72,14 +72,9 @@ class Sweep:
         for r in self.recipes:
             d = data(r); epoch = epoch_work(r, len(d.train), len(d.test), d.size)
             self.seeds.append([graph(r, seed, d, rt) for seed in range(r.seeds)])
-            for s in self.of(self.seeds[-1]): self.recipe.setdefault(s.key, r); self.work.setdefault(s.key, 0)
+            for s in stages_of(self.seeds[-1]): self.recipe.setdefault(s.key, r); self.work.setdefault(s.key, 0)
             self.work.update({s.key: s.training.epochs * epoch[n] for stages in self.seeds[-1] for n, s in stages.items()})
-        self.stages = {s.key: s for s in lineage(s for seeds in self.seeds for stages in seeds for s in stages.values())}
-
-    @staticmethod
-    def of(seeds) -> list:
-        "All stages of some seeds of a recipe, prunings included."
-        return lineage(s for stages in seeds for s in stages.values())
+        self.stages = {s.key: s for s in stages_of([stages for seeds in self.seeds for stages in seeds])}
 
     def names(self) -> dict: # key → recipe, seed and name of a stage, of the first recipe that has it
         "What to call a stage."
@@ -200,7 +195,7 @@ def _task(r, stage, root, rt, data_root, *parents): # parents are there to be wa
     m = Store(root, said.append).ensure(stage, data, rt, on_stage=lambda s, m: new.append(s.key))
     return {'accuracy': m['metrics']['accuracy'], 'seconds': m['seconds'] if stage.key in new else 0., 'new': stage.key in new, 'said': said}
 
-# %% ../nbs/15_scale.ipynb #3f7bdf88
+# %% ../nbs/15_scale.ipynb #45c1c39f
 class _Board:
     "What is done: one line per finished training, and a table per recipe, which a terminal shows all the time."
     def __init__(self, s: Sweep, say):
@@ -217,7 +212,7 @@ class _Board:
         "Stages of each recipe: how many there are, how many are done, and how many have failed."
         rows = ['| recipe | seeds | stages | done | failed |', '|---|---|---|---|---|']
         for r, seeds in zip(self.sweep.recipes, self.sweep.seeds):
-            keys = [s.key for s in self.sweep.of(seeds)]
+            keys = [s.key for s in stages_of(seeds)]
             rows.append(f'| {slug(r)} | {r.seeds} | {len(keys)} | {sum(k in self.results for k in keys)} | {sum(k in self.failed for k in keys)} |')
         return '\n'.join(rows)
 
@@ -238,12 +233,12 @@ class _Board:
         self.failed[stage.key] = error
         self.show(f'failed: {self.names[stage.key]}: {" ".join(str(error).split())[:300]}' if first else None)
 
-# %% ../nbs/15_scale.ipynb #29cd7e6b
+# %% ../nbs/15_scale.ipynb #3f984258
 def _finish(board, store, rt, data, say):
     "Reports of the recipes that are complete; an error where some are not."
     homes = []
     for r, seeds in zip(board.sweep.recipes, board.sweep.seeds):
-        if any(s.key in board.failed for s in Sweep.of(seeds)): continue
+        if any(s.key in board.failed for s in stages_of(seeds)): continue
         homes.append(note(store, r, seeds, data(r), rt)); report.write(homes[-1])
     new = [f for f in board.results.values() if f['new']]
     wall, alone = time.perf_counter() - board.begun, sum(f['seconds'] for f in new)
@@ -297,14 +292,14 @@ def _watch(ray, refs, board):
         except ray.exceptions.RayTaskError as e: board.lost(stage_of[ref], e.cause)
         except ray.exceptions.RayError as e: board.lost(stage_of[ref], e)
 
-# %% ../nbs/15_scale.ipynb #bb324f4d
+# %% ../nbs/15_scale.ipynb #a2102bc8
 def dry_run(recipes, rt: Runtime, data_root=None, workers: int = 1) -> str:
     "What a sweep would compute, what sharing saves, and an estimate of its time from a second of measuring."
     data = functools.cache(lambda r: sizes(r, data_root))
     s, fast, lines, before = Sweep(recipes, rt, data), speeds(rt), [], set()
     seconds = {k: w / fast[paper.family(s.recipe[k].arch)] for k, w in s.work.items()}
     for r, seeds in zip(s.recipes, s.seeds):
-        own = {x.key for x in s.of(seeds)}
+        own = {x.key for x in stages_of(seeds)}
         lines.append(f'{slug(r)}: {r.seeds} seed{"s" * (r.seeds > 1)}, {len(own)} stages' + (f', {len(own & before)} of them shared with recipes above' if own & before else ''))
         for n, x in seeds[0].items():
             if x.key not in before: lines.append(f'  {n:12} {x.training.epochs:>4} epochs {duration(seconds[x.key]):>9}   from {", ".join(sorted({_short(seeds[0], p) for p in x.parents})) or "random weights" * (x.init is None) or x.init}')

@@ -225,7 +225,7 @@ def _found(path, of, here, say):
     if other: say(f'going on with {path} from another machine or version ({"; ".join(other)}): the last digits may differ from an uninterrupted run')
     return tensors, record['history']
 
-# %% ../nbs/07_lr_restarting.ipynb #ca2050d8
+# %% ../nbs/07_lr_restarting.ipynb #6d869d21
 def loaders(data,                    # a `Dataset`, or anything with a method of this name
             batch: int,              # images per step
             rt: Runtime,
@@ -234,6 +234,7 @@ def loaders(data,                    # a `Dataset`, or anything with a method of
     if hasattr(data, 'loaders'): return data.loaders(batch, rt)
     return Loader(data, data.train, batch, rt), Loader(data, data.test, 500, rt)
 
+# %% ../nbs/07_lr_restarting.ipynb #389147c5
 def fit(net: nn.Module,              # stays as it is
         data: Dataset,               # what to train and measure on
         training: Training,          # how

@@ -37,7 +37,7 @@ def guarded(main, # what to do; gets the parsed arguments
         if not any(s in str(e).lower() for s in _NO_MEMORY): raise
         _error(f'out of memory; try a smaller batch; run again to go on from the last epoch ({str(e).splitlines()[0]})'); return 1
 
-# %% ../nbs/16_cli.ipynb #e6df3bf5
+# %% ../nbs/16_cli.ipynb #96aae5d0
 class _Parser(argparse.ArgumentParser):
     def error(self, message): _error(f'{message} (see {self.prog} --help)'); sys.exit(2)
 
@@ -50,6 +50,10 @@ def _share(text):
 def _whole(text):
     if not text.isdigit() or int(text) < 1: raise argparse.ArgumentTypeError(f'must be a whole number from 1, got {text!r}')
     return int(text)
+
+def _data_option(p):
+    "Where datasets lie: the same option for every command that loads one."
+    p.add_argument('--data-root', default=os.environ.get('KESI_DATA'), metavar='DIR', help='folder of downloaded datasets; default: the variable KESI_DATA, else ~/.cache/kesi')
 
 def _machine_options(p):
     "Where to compute: the same options for every command that computes."
@@ -67,10 +71,10 @@ def _run_parser():
     p.add_argument('--variants', metavar='V,…', help='which of ' + ','.join(paper.VARIANTS) + ' to run')
     p.add_argument('--budget', type=_share, metavar='F', help='multiply all epoch counts by F')
     p.add_argument('--out', default='runs', metavar='DIR', help='run folder, default runs')
-    p.add_argument('--data-root', default=os.environ.get('KESI_DATA'), metavar='DIR', help='folder of downloaded datasets; default: the variable KESI_DATA')
+    _data_option(p)
     _machine_options(p)
-    p.add_argument('--pad', type=int, metavar='N', help='compute inside widths that are multiples of this, with the same result; default 1: do not (chapter 07)')
     p.add_argument('--jobs', type=_whole, metavar='N', help='stages at a time, each in a process of its own; default: on a CPU without --threads what keeps all cores busy, else 1')
+    p.add_argument('--pad', type=int, metavar='N', help='compute inside widths that are multiples of this, with the same result; default 1: do not (chapter 07)')
     p.add_argument('--compile', action='store_true', default=None, help='use torch.compile; starts slowly, pays on long runs')
     p.add_argument('--list', action='store_true', help='show the published recipes')
     p.add_argument('--version', action='version', version=f'kesi {__version__}')
@@ -156,7 +160,7 @@ def kesi_report(argv=None) -> int: # exit code
     p.add_argument('folder', nargs='?', default='runs', metavar='DIR', help='run folder, default runs')
     return guarded(_report, p.parse_args(argv))
 
-# %% ../nbs/16_cli.ipynb #395357cd
+# %% ../nbs/16_cli.ipynb #bcf7ff44
 def _export_parser():
     p = _Parser('kesi_export', description='Write a network as one ONNX file, checked against torch, and measure it.', allow_abbrev=False)
     p.add_argument('network', metavar='NETWORK', help='model.safetensors, the folder of a stage, or a run folder (its first distilled network)')
@@ -165,7 +169,7 @@ def _export_parser():
     p.add_argument('--factory', metavar='MODULE:FUNCTION', help="builds the unpruned network, for networks that are not kesi's own")
     p.add_argument('--int8', action='store_true', help="write FILE.int8.onnx too, calibrated on the run's training images (or those of --data)")
     p.add_argument('--data', metavar='D', help='dataset for --int8, see kesi.data.NAMES')
-    p.add_argument('--data-root', default=os.environ.get('KESI_DATA'), metavar='DIR', help='folder of downloaded datasets; default: the variable KESI_DATA')
+    _data_option(p)
     p.add_argument('--latency', action='store_true', help='measure milliseconds in torch and in ONNX Runtime')
     return p
 
@@ -259,7 +263,7 @@ def kesi_bench(argv=None) -> int: # exit code
     "The command `kesi_bench`."
     return guarded(_bench, _bench_parser().parse_args(argv))
 
-# %% ../nbs/16_cli.ipynb #70ce7c62
+# %% ../nbs/16_cli.ipynb #1201e59a
 def _sweep_parser():
     p = _Parser('kesi_sweep', description='Run many recipes side by side with Ray, each shared stage once, and report on each. What is finished already is not computed again.', allow_abbrev=False)
     p.add_argument('recipes', nargs='*', metavar='RECIPE', help="dataset/network, or a pattern such as 'cifar10/*'; default digits/resnet20")
@@ -275,7 +279,7 @@ def _sweep_parser():
     p.add_argument('--gpus', type=_share, metavar='F', help='GPUs of each stage, also fractions such as 0.5; default 1 where there are GPUs')
     p.add_argument('--address', metavar='A', help='of a Ray cluster; auto: the one that this machine belongs to; default: this machine only')
     p.add_argument('--out', default='runs', metavar='DIR', help='run folder, default runs; on a cluster one that all machines see')
-    p.add_argument('--data-root', default=os.environ.get('KESI_DATA'), metavar='DIR', help='folder of downloaded datasets; default: the variable KESI_DATA')
+    _data_option(p)
     p.add_argument('--device', metavar='D', help='cpu or cuda; default: the best there is')
     p.add_argument('--precision', metavar='P', help='float32, bfloat16 or float64; default: what the hardware likes')
     return p

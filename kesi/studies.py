@@ -10,15 +10,15 @@ __all__ = ['STUDIES', 'PEAKS', 'FARTHEST', 'COLORS', 'Fresh', 'Choose', 'chain',
            'kesi_study', 'found', 'values', 'interval', 'pm', 'claims', 'about', 'each', 'mean_bar', 'curve', 'frame',
            'judged']
 
-# %% ../nbs/17_studies.ipynb #57765112
-import copy, dataclasses, json, os
+# %% ../nbs/17_studies.ipynb #cb91483f
+import copy, dataclasses, json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
 import numpy as np, safetensors.torch, torch
 from fastcore.basics import patch
 from . import paper, report
-from .cli import _Parser, guarded
+from .cli import _data_option, _Parser, guarded
 from .data import Dataset, Loader, load
 from .ensemble import correlation, disagreement, mean_probabilities, q_statistic, quality
 from .models import Network, build
@@ -319,7 +319,7 @@ def run_study(name: str,                  # a key of `STUDIES`
                           'unfinished_seeds': recipe.seeds - len(seeds), 'seeds': seeds, 'provenance': provenance(manifests)})
     return path
 
-# %% ../nbs/17_studies.ipynb #e2d2b55f
+# %% ../nbs/17_studies.ipynb #658846be
 def _study_parser():
     p = _Parser('kesi_study', description='Recompute studies. What is finished already is not computed again.', allow_abbrev=False)
     p.add_argument('study', nargs='+', metavar='STUDY', help=f'any of {", ".join(STUDIES)}, or all')
@@ -328,7 +328,7 @@ def _study_parser():
     p.add_argument('--seeds', type=int, default=5, metavar='N', help='seeds 0 to N-1, default 5')
     p.add_argument('--out', default='runs', metavar='DIR', help='run folder, default runs')
     p.add_argument('--results', metavar='DIR', help='where the JSON goes; default: OUT/studies')
-    p.add_argument('--data-root', default=os.environ.get('KESI_DATA'), metavar='DIR', help='folder of downloaded datasets; default: the variable KESI_DATA')
+    _data_option(p)
     p.add_argument('--device', metavar='D', help='cpu, cuda, cuda:1, mps; default: the best there is')
     p.add_argument('--threads', type=int, metavar='N', help='CPU threads; default: all cores')
     return p

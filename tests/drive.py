@@ -8,7 +8,7 @@ from kesi.data import Dataset, Split
 from kesi.runtime import Runtime
 
 processes = multiprocessing.get_context('forkserver')
-processes.set_forkserver_preload(['kesi.cli', 'kesi.report', 'drive'])
+processes.set_forkserver_preload(['torch._dynamo', 'fvcore.nn', 'kesi.cli', 'kesi.report', 'drive'])      # the first optimizer imports torch._dynamo, which takes seconds
 RT = Runtime(threads=1)
 SMALL = replace(paper.recipe('digits/resnet8'), seeds=1, iterations=2, epochs=3, retrain_epochs=1, distill_epochs=2, batch=128)
 TINY = replace(SMALL, iterations=1, epochs=2, retrain_epochs=2, batch=16, retrain_batch=32, distill_batch=32)

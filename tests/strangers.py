@@ -1,6 +1,6 @@
 "Networks that kesi did not build, at random weights: factories by name, as a caller has them."
 import functools
-import torch, torchvision
+import pytest, torch, torchvision
 import torch.nn.functional as F
 from torch import nn
 
@@ -23,6 +23,10 @@ def _vision(name): return torchvision.models.get_model(name, weights=None, num_c
 
 FACTORIES = {'handmade': Handmade, **{n: functools.partial(_vision, n) for n in ('resnet50', 'mobilenet_v2', 'densenet121', 'efficientnet_b0')}}
 SHAPE = (3, 64, 64)
+
+def names(heavy=('densenet121', 'efficientnet_b0')):
+    "The names of all networks, the heavy ones for the soak only."
+    return [pytest.param(n, marks=pytest.mark.soak) if n in heavy else n for n in FACTORIES]
 
 @functools.cache
 def pruned(name):

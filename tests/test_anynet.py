@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch, torch.nn.functional as F, torch.nn.utils.prune
 from torch import nn
 from torch.utils.data import DataLoader
-from strangers import FACTORIES, SHAPE, Handmade, pruned
+from strangers import FACTORIES, SHAPE, Handmade, names, pruned
 import kesi
 from kesi import paper
 from kesi.anynet import Source, _Graph, _groups, _kept, cut, groups, load, save, spread
@@ -20,7 +20,7 @@ RT = Runtime(channels_last=False, threads=1)
 
 # Cutting
 
-@pytest.mark.parametrize('name', FACTORIES)
+@pytest.mark.parametrize('name', names())
 def test_a_pruning_by_30_percent(name):
     net, small = pruned(name)
     found = groups(net, SHAPE)
@@ -104,7 +104,7 @@ def test_without_torch_pruning(monkeypatch):
 
 # Training and files
 
-@pytest.mark.parametrize('name', FACTORIES)
+@pytest.mark.parametrize('name', names())
 def test_one_training_step(name):
     net = copy.deepcopy(pruned(name)[1]).train()
     before = copy.deepcopy(net.state_dict())
@@ -117,17 +117,18 @@ LOADING = '''
 import sys, torch; sys.path.insert(0, sys.argv[1]); sys.modules["torch_pruning"] = None        # loading does not need it
 from strangers import FACTORIES, SHAPE
 import kesi
-for name, factory in FACTORIES.items():
-    net = kesi.load(f"{sys.argv[2]}/{name}.safetensors", factory)
+for name in sys.argv[3:]:
+    net = kesi.load(f"{sys.argv[2]}/{name}.safetensors", FACTORIES[name])
     assert not net.training
     with torch.no_grad(): torch.save(net(torch.ones(2, *SHAPE)), f"{sys.argv[2]}/{name}.pt")
 '''
 
-def test_files_load_in_a_fresh_process(tmp_path):
-    for name in FACTORIES: kesi.save(pruned(name)[1], tmp_path/f'{name}.safetensors', FACTORIES[name], SHAPE)
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', LOADING, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True)
+@pytest.mark.parametrize('some', (['handmade', 'mobilenet_v2'], pytest.param(list(FACTORIES), marks=pytest.mark.soak)), ids=('two', 'all'))
+def test_files_load_in_a_fresh_process(tmp_path, some):
+    for name in some: kesi.save(pruned(name)[1], tmp_path/f'{name}.safetensors', FACTORIES[name], SHAPE)
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', LOADING, str(Path(__file__).parent), str(tmp_path), *some], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in FACTORIES:
+    for name in some:
         with torch.no_grad(): torch.testing.assert_close(torch.load(tmp_path/f'{name}.pt'), pruned(name)[1](torch.ones(2, *SHAPE)), rtol=1e-5, atol=1e-5)
 
 def test_files_that_do_not_fit(tmp_path):

@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from torch.testing import assert_close
 from torchvision import datasets
-from kesi import data, models, paper, pipeline
+from kesi import cli, data, models, paper, pipeline
 from kesi.data import Loader, load
 from kesi.paper import UserError
 from kesi.runtime import Runtime
@@ -292,10 +292,9 @@ def test_importing_the_data_module_is_light():
     done = subprocess.run([sys.executable, '-c', 'import sys, kesi.data; print([m for m in ("torchvision", "sklearn", "PIL") if m in sys.modules])'], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == '[]'
 
-def test_a_held_out_part_through_the_command(tmp_path):
-    run = [sys.executable, '-c', 'import sys; from kesi.cli import kesi_run; sys.exit(kesi_run())', 'digits/resnet8', '--set', 'valid=0.2', '--set', 'iterations=1', '--seeds', '1', '--budget', '.01', '--threads', '1', '--out', str(tmp_path/'runs')]
-    done = subprocess.run(run, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, ''), done.stderr
+def test_a_held_out_part_through_the_command(tmp_path, capsys):
+    run = ['digits/resnet8', '--set', 'valid=0.2', '--set', 'iterations=1', '--seeds', '1', '--budget', '.01', '--threads', '1', '--out', str(tmp_path/'runs')]
+    assert cli.kesi_run(run) == 0 and capsys.readouterr().err == ''
     import safetensors.torch
     found = list((tmp_path/'runs').glob('baseline-*/predictions.safetensors'))
     assert len(found) == 1 and len(safetensors.torch.load_file(found[0])['labels']) == 200         # a fifth of the training images, not the 797 of the test set

@@ -2,7 +2,7 @@
 import subprocess, sys
 from dataclasses import replace
 import pytest, torch
-from strangers import FACTORIES, SHAPE, Handmade, pruned
+from strangers import SHAPE, Handmade, names, pruned
 import kesi
 from kesi import cli, deploy, paper, report
 from kesi.anynet import save
@@ -15,9 +15,7 @@ from kesi.runtime import KesiError, Runtime
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
-SLOW = ('densenet121', 'efficientnet_b0')
-
-@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.soak) if n in SLOW else n for n in FACTORIES])
+@pytest.mark.parametrize('name', names(('mobilenet_v2', 'densenet121', 'efficientnet_b0')))
 def test_onnx_answers_like_torch(name, tmp_path):
     net = pruned(name)[1]
     path = deploy.export(net, tmp_path/'n.onnx', SHAPE)

@@ -66,7 +66,7 @@ def test_every_exported_name_is_in_the_api_index(site):
 
 # In the browser
 
-MODES = ((1300, False), (390, True), (1100, True), (390, False))     # width of the window, dark?
+MODES = ((1300, False), (390, True)), ((1100, True), (390, False))     # width of the window, dark?
 
 def see_as(driver, width=1300, dark=False):
     "Give the window a width and a colour scheme; pages that are open follow."
@@ -122,14 +122,15 @@ const ready = window.MathJax && MathJax.startup ? MathJax.startup.promise : Prom
 ready.then(() => Promise.all(all('article img').map(e => e.decode().catch(() => 0)))).then(look);'''
 
 @browser_test
-def test_pages_look_right(site, browser):
+@pytest.mark.parametrize('modes', (MODES[0], pytest.param(MODES[1], marks=pytest.mark.soak)), ids=('light and dark', 'dark and light'))
+def test_pages_look_right(site, browser, modes):
     "No errors, no other hosts; in every window all formulas and pictures there, nothing wider than the window, text and ground apart."
     formulas = pictures = 0
     browser.get_log('browser'); requested(browser)                    # what other tests left
     for page in pages(site):
         see_as(browser)
         browser.get((site/page).as_uri())
-        for width, dark in MODES[:2] if page.startswith('api/') else MODES:        # one page of signatures is like another
+        for width, dark in modes:
             see_as(browser, width, dark)
             until(lambda: browser.execute_script('return innerWidth') == width, what=f'a window of {width} pixels')
             seen, where = browser.execute_async_script(LOOK), (page, width, dark)

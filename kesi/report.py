@@ -112,7 +112,7 @@ def collect(home, # folder of a recipe's report, with `run.json` in it
             'table': table, 'differences': [{'claim': f'{a} > {b}', **paired(values[a], values[b])} for a, b in CLAIMS if a in values and b in values], 'seeds': seeds,
             'provenance': provenance(manifests)}
 
-# %% ../nbs/11_report.ipynb #3856c9df
+# %% ../nbs/11_report.ipynb #fb7306ef
 def _pm(s, digits=2): return f'{s["mean"]:.{digits}f}' + (f' ± {s["std"]:.{digits}f}' if s['std'] is not None else '')
 
 def table(report: dict) -> str: # Markdown
@@ -137,7 +137,7 @@ def differences(report: dict) -> str: # Markdown
         a, b = d['claim'].split(' > ')
         interval = f'{d["low"]:+.2f} to {d["high"]:+.2f}' if d['low'] is not None else 'one seed only'
         verdict = {'holds': 'holds', 'opposite': 'does not hold, the opposite does', 'undecided': 'undecided'}[d['verdict']]
-        rows.append(f'| {labels[a]} > {labels[b]} | {d["mean"]:+.2f} | {interval} | {verdict} |')
+        rows.append(f'| {labels[a]} > {labels[b]} | {round(d["mean"], 2) + 0:+.2f} | {interval} | {verdict} |')
     return '\n'.join(rows)
 
 # %% ../nbs/11_report.ipynb #bc26da83

@@ -11,7 +11,7 @@ import argparse, dataclasses, os, sys
 from . import __version__, paper
 from .paper import UserError
 
-# %% ../nbs/16_cli.ipynb #f06673a3
+# %% ../nbs/16_cli.ipynb #c261f1d4
 def _error(message):
     if getattr(message, 'told', False): return               # of several processes the main one says it
     where = '' if (rank := os.environ.get('RANK', '0')) == '0' else f' in process {rank}'
@@ -22,8 +22,6 @@ _NO_MEMORY = ('out of memory', 'not enough memory', 'allocate memory', 'alloc_fa
 def guarded(main, # what to do; gets the parsed arguments
             args):
     "Run a command; exceptions become one line and an exit code."
-    for stream in (sys.stdout, sys.stderr):                  # a terminal that cannot show → or a name shows a replacement
-        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
     from kesi.runtime import KesiError
     try: main(args); return 0
     except UserError as e: _error(e); return 2
@@ -37,8 +35,12 @@ def guarded(main, # what to do; gets the parsed arguments
         if not any(s in str(e).lower() for s in _NO_MEMORY): raise
         _error(f'out of memory; try a smaller batch; run again to go on from the last epoch ({str(e).splitlines()[0]})'); return 1
 
-# %% ../nbs/16_cli.ipynb #96aae5d0
+# %% ../nbs/16_cli.ipynb #0234259d
 class _Parser(argparse.ArgumentParser):
+    def parse_args(self, args=None, namespace=None):
+        for stream in (sys.stdout, sys.stderr):                  # a terminal that cannot show → or a name shows a replacement
+            if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+        return super().parse_args(args, namespace)
     def error(self, message): _error(f'{message} (see {self.prog} --help)'); sys.exit(2)
 
 def _share(text):

@@ -2,6 +2,7 @@
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest
+from kesi.cli import kesi_run
 from kesi.paper import NETWORKS
 
 SMALL = ('digits/resnet8', '--seeds', '1', '--set', 'iterations=1', '--budget', '0.15', '--threads', '1', '--precision', 'float32')
@@ -67,7 +68,7 @@ def test_helpers_end_with_their_run(tmp_path, runs, number):
     if number == signal.SIGINT: assert p.returncode == 130 and said == 'error: stopped; run the same command again to go on\n'
     patience = time.monotonic() + 60
     while not all(map(gone, helpers)): assert time.monotonic() < patience; time.sleep(.1)
-    assert command('kesi_run', *SMALL, cwd=tmp_path).returncode == 0
+    assert kesi_run([*SMALL, '--out', str(tmp_path/'runs')]) == 0
     same(tmp_path/'runs', runs)
 
 

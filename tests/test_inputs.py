@@ -143,8 +143,10 @@ def test_data_that_cannot_be_learnt(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=said): pipeline.run(drive.TINY, tmp_path/'runs', drive.RT, say=None)
     assert not (tmp_path/'runs').exists()
 
-def test_terminals_without_letters(tmp_path):
+@pytest.mark.parametrize('option, shown', (('--help', b'digits/resnet20'), pytest.param('--list', b'cifar10/resnet56', marks=pytest.mark.soak)))
+def test_terminals_without_letters(option, shown):
     "A console that only knows ASCII gets replacements, not a crash after an hour of computing."
     import subprocess, sys
-    done = subprocess.run([sys.executable, '-c', 'import sys; sys.modules["torch"] = None; from kesi.cli import kesi_run; sys.exit(kesi_run(["--list"]))'], capture_output=True, env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
-    assert done.returncode == 0 and b'resnet20' in done.stdout
+    code = f'import sys; from kesi.cli import kesi_run; sys.exit(kesi_run(["{option}"]))'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
+    assert done.returncode == 0 and shown in done.stdout and b'\\u' in done.stdout

@@ -43,11 +43,6 @@ def test_package_is_in_step_with_notebooks(tmp_path):
         assert (tmp_path/'kesi'/p.name).read_text() == p.read_text(), f'{p.name} is not what the notebooks export; run nbdev_export'
 
 
-def test_readme_is_in_step_with_index():
-    done = subprocess.run([sys.executable, 'docs/readme.py', '--check'], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def order():
     "Module → number of the first notebook that exports to it."
     found = {}

@@ -35,7 +35,7 @@ def guarded(main, # what to do; gets the parsed arguments
         if not any(s in str(e).lower() for s in _NO_MEMORY): raise
         _error(f'out of memory; try a smaller batch; run again to go on from the last epoch ({str(e).splitlines()[0]})'); return 1
 
-# %% ../nbs/16_cli.ipynb #0234259d
+# %% ../nbs/16_cli.ipynb #9fadaea4
 class _Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         for stream in (sys.stdout, sys.stderr):                  # a terminal that cannot show → or a name shows a replacement
@@ -63,6 +63,7 @@ def _machine_options(p):
     p.add_argument('--precision', metavar='P', help='float32, bfloat16 or float64; default: what the hardware likes')
     p.add_argument('--threads', type=int, metavar='N', help='CPU threads; default: all cores')
 
+# %% ../nbs/16_cli.ipynb #2d257f34
 def _run_parser():
     p = _Parser('kesi_run', description='Prune, retrain, distil: run a recipe and report on it. What is finished already is not computed again.', allow_abbrev=False)
     p.add_argument('recipe', nargs='?', metavar='RECIPE', help='dataset/network, default digits/resnet20; --list shows the published ones')

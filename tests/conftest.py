@@ -18,3 +18,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def rng(request): return random.Random(request.node.name)
+
+def pytest_collection_modifyitems(items):
+    "The browser's long tests come first, so that the many short ones even out what several workers have to do."
+    items.sort(key=lambda item: item.path.name != 'test_site.py')

@@ -16,8 +16,9 @@ def kill_at_random(out, good, n, rng, span, tiny=True, number=signal.SIGKILL):
     while kills < n:
         p = drive.start(folder, tiny=tiny)
         p.join(rng.uniform(.02, span))
-        if p.is_alive(): os.kill(p.pid, number); p.join(); kills += 1; assert p.exitcode in (-number, 130, 1), p.exitcode
-        else: assert p.exitcode == 0; drive.same(folder, good); done += 1; folder = out.with_name(f'{out.name}-{done}')
+        if p.is_alive(): os.kill(p.pid, number); p.join()
+        if p.exitcode: kills += 1; assert p.exitcode in (-number, 130, 1), p.exitcode
+        else: drive.same(folder, good); done += 1; folder = out.with_name(f'{out.name}-{done}')
     finished_at_last(folder, good, tiny)
     return kills
 
@@ -29,7 +30,7 @@ def test_killed_around_a_rename(tmp_path, tiny, rng, moment):
     for n in rng.sample(range(3, 9), 2): assert drive.finish(tmp_path/'runs', tiny=True, kill=(n, moment)) == -signal.SIGKILL
     finished_at_last(tmp_path/'runs', tiny[1])
 
-def test_killed_at_any_moment(tmp_path, tiny, rng): kill_at_random(tmp_path/'runs', tiny[1], 4, rng, 3)
+def test_killed_at_any_moment(tmp_path, tiny, rng): kill_at_random(tmp_path/'runs', tiny[1], 4, rng, 1)
 
 @pytest.mark.soak
 def test_killed_around_every_kind_of_rename(tmp_path, tiny, rng):
@@ -53,7 +54,7 @@ def test_the_digits_killed_twenty_times(tmp_path, rng):
 
 @pytest.mark.parametrize('number', (signal.SIGTERM, signal.SIGINT))
 def test_stopped_politely(tmp_path, tiny, rng, number):
-    kill_at_random(tmp_path/'runs', tiny[1], 1, rng, 3, number=number)
+    kill_at_random(tmp_path/'runs', tiny[1], 1, rng, 1, number=number)
 
 def _raise_in_epoch(monkeypatch, when, error):
     "Let the `when`-th epoch of all end in an exception."
@@ -191,7 +192,7 @@ def test_many_races(tmp_path, tiny, rng, turn):
     out, how = tmp_path/'runs', {'lockless': bool(turn % 2)}
     if turn >= 2:
         several = [drive.start(out, tiny=True, **how) for _ in range(3)]
-        time.sleep(rng.uniform(.5, 4))
+        time.sleep(rng.uniform(.2, 1.5))
         several[0].kill()
         for p in several: p.join()
         assert all(p.exitcode in (0, -9) for p in several), out.with_suffix('.log').read_text()

@@ -77,13 +77,17 @@ class BasicBlock(nn.Module):
         y = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(y)) + widen_shortcut(x, self.n_out, self.stride))
 
-# %% ../nbs/03_resnet.ipynb #cd969d68
+# %% ../nbs/03_resnet.ipynb #ee170a8a
 class Network(nn.Module):
     "Base of all networks: knows its spec and its units."
     spec: Spec
     def units(self) -> list[Unit]:
         "The units of pruning, in forward order."
         raise NotImplementedError
+
+def _blocks(arch, stage='layer{}'):
+    "Module paths of the residual blocks, in forward order."
+    return [f'{stage.format(s)}.{b}' for s, n in enumerate(paper.stages(arch), 1) for b in range(n)]
 
 class CifarResNet(Network):
     "ResNet with 6n+2 layers for small images: three network stages of n basic blocks, 16, 32 and 64 channels wide."
@@ -105,8 +109,7 @@ class CifarResNet(Network):
         return self.fc(x.mean((2, 3)))
 
     def units(self):
-        blocks = [f'layer{s}.{b}' for s, n in enumerate(paper.stages(self.spec.arch), 1) for b in range(n)]
-        return [Unit(f'{p}.conv1', f'{p}.bn1', (f'{p}.conv2',), i) for i, p in enumerate(blocks)]
+        return [Unit(f'{p}.conv1', f'{p}.bn1', (f'{p}.conv2',), i) for i, p in enumerate(_blocks(self.spec.arch))]
 
 # %% ../nbs/03_resnet.ipynb #fc6a60c4
 _BUILDERS = {'resnet': CifarResNet}
@@ -194,7 +197,7 @@ class Bottleneck(nn.Module):
         y = self.conv2(F.relu(self.bn2(y)))
         return self.conv3(F.relu(self.bn3(y))) + self.downsample(x)
 
-# %% ../nbs/04_other_networks.ipynb #91623d74
+# %% ../nbs/04_other_networks.ipynb #ad17ce57
 class PreResNet(Network):
     "Pre-activation ResNet with 9n+2 layers for small images: three stages of n bottlenecks."
     def __init__(self, spec: Spec):
@@ -210,8 +213,7 @@ class PreResNet(Network):
         return self.fc(F.relu(self.bn(x)).mean((2, 3)))
 
     def units(self):
-        blocks = [f'layer{s}.{b}' for s, n in enumerate(paper.stages(self.spec.arch), 1) for b in range(n)]
-        return [u for i, p in enumerate(blocks) for u in (Unit(f'{p}.conv1', f'{p}.bn2', (f'{p}.conv2',), i), Unit(f'{p}.conv2', f'{p}.bn3', (f'{p}.conv3',), i))]
+        return [u for i, p in enumerate(_blocks(self.spec.arch)) for u in (Unit(f'{p}.conv1', f'{p}.bn2', (f'{p}.conv2',), i), Unit(f'{p}.conv2', f'{p}.bn3', (f'{p}.conv3',), i))]
 
 _BUILDERS['preresnet'] = PreResNet
 
@@ -236,7 +238,7 @@ class WideStage(nn.Module):
         self.layer = residual_stage(WideBlock, n_in, widths, n_out, stride)
     def forward(self, x): return self.layer(x)
 
-# %% ../nbs/04_other_networks.ipynb #685652a2
+# %% ../nbs/04_other_networks.ipynb #2c9877eb
 class WideResNet(Network):
     "Wide ResNet with 6n+4 layers for small images: three stages of n blocks, a factor wider than a ResNet's."
     def __init__(self, spec: Spec):
@@ -252,8 +254,7 @@ class WideResNet(Network):
         return self.fc(F.relu(self.bn1(x)).mean((2, 3)))
 
     def units(self):
-        blocks = [f'block{s}.layer.{b}' for s, n in enumerate(paper.stages(self.spec.arch), 1) for b in range(n)]
-        return [Unit(f'{p}.conv1', f'{p}.bn2', (f'{p}.conv2',), i) for i, p in enumerate(blocks)]
+        return [Unit(f'{p}.conv1', f'{p}.bn2', (f'{p}.conv2',), i) for i, p in enumerate(_blocks(self.spec.arch, 'block{}.layer'))]
 
 _BUILDERS['wrn'] = WideResNet
 
@@ -279,7 +280,7 @@ class Vgg(Network):
 
 _BUILDERS['vgg'] = Vgg
 
-# %% ../nbs/04_other_networks.ipynb #21568e95
+# %% ../nbs/04_other_networks.ipynb #b6222dcd
 class ImageBlock(nn.Module):
     "The basic block with a 1×1 convolution as shortcut where the shape changes."
     def __init__(self, n_in, width, n_out, stride=1):
@@ -306,8 +307,7 @@ class ImageResNet(Network):
         return self.fc(x.mean((2, 3)))
 
     def units(self):
-        blocks = [f'layer{s}.{b}' for s, n in enumerate(paper.stages(self.spec.arch), 1) for b in range(n)]
-        return [Unit(f'{p}.conv1', f'{p}.bn1', (f'{p}.conv2',), i) for i, p in enumerate(blocks)]
+        return [Unit(f'{p}.conv1', f'{p}.bn1', (f'{p}.conv2',), i) for i, p in enumerate(_blocks(self.spec.arch))]
 
 _BUILDERS['imagenet'] = ImageResNet
 

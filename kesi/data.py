@@ -30,7 +30,7 @@ class Split:
     def __len__(self): return len(self.images)
     def to(self, device): return Split(self.images.to(device), self.labels.to(device))
 
-# %% ../nbs/02_data.ipynb #cb60e7b3
+# %% ../nbs/02_data.ipynb #4e2e172c
 @dataclass(frozen=True)
 class Dataset:
     "A dataset for image classification, whole in memory."
@@ -46,16 +46,7 @@ class Dataset:
 
     def __post_init__(self):
         if self.pad is None: object.__setattr__(self, 'pad', self.train.images.shape[-1] // 8)
-        n, (c, h, w) = len(self.classes), self.train.images.shape[1:]
-        if self.view is not None and (self.view < 1 or h != w): raise UserError(f'{self.name}: a view needs at least 1 pixel and square images; got view {self.view} of images {h}×{w}')
-        if n < 2: raise UserError(f'{self.name} has {n} class; a classifier needs at least 2')
-        if len(self.mean) != c or len(self.std) != c or not all(s > 0 for s in self.std): raise UserError(f'{self.name} needs a mean and a positive std for each of its {c} channels')
-        for what, s in (('training', self.train), ('test', self.test)):
-            if len(s) == 0: raise UserError(f'{self.name} has no {what} images')
-            if s.images.shape[1:] != self.train.images.shape[1:]: raise UserError(f'{self.name}: all images must have one size; training images are {tuple(self.train.images.shape[1:])}, {what} images {tuple(s.images.shape[1:])}')
-            low, high = int(s.labels.min()), int(s.labels.max())
-            if low < 0 or high >= n: raise UserError(f'{self.name}: {what} labels must be from 0 to {n - 1}; found {low if low < 0 else high}')
-        if len(self.train.labels.unique()) < 2: raise UserError(f'{self.name}: all training images are of one class; a classifier needs at least 2')
+        _check(self)
 
     @property
     def channels(self): return self.train.images.shape[1]
@@ -72,6 +63,20 @@ class Dataset:
         for t in (self.train.images, self.train.labels, self.test.images, self.test.labels):
             h.update(repr((tuple(t.shape), t.dtype)).encode()); h.update(t.cpu().contiguous().numpy().data)
         return h.hexdigest()[:12]
+
+# %% ../nbs/02_data.ipynb #baa96d0e
+def _check(d):
+    "Refuse a dataset that nothing can be learnt from or that contradicts itself."
+    n, (c, h, w) = len(d.classes), d.train.images.shape[1:]
+    if d.view is not None and (d.view < 1 or h != w): raise UserError(f'{d.name}: a view needs at least 1 pixel and square images; got view {d.view} of images {h}×{w}')
+    if n < 2: raise UserError(f'{d.name} has {n} class; a classifier needs at least 2')
+    if len(d.mean) != c or len(d.std) != c or not all(s > 0 for s in d.std): raise UserError(f'{d.name} needs a mean and a positive std for each of its {c} channels')
+    for what, s in (('training', d.train), ('test', d.test)):
+        if len(s) == 0: raise UserError(f'{d.name} has no {what} images')
+        if s.images.shape[1:] != d.train.images.shape[1:]: raise UserError(f'{d.name}: all images must have one size; training images are {tuple(d.train.images.shape[1:])}, {what} images {tuple(s.images.shape[1:])}')
+        low, high = int(s.labels.min()), int(s.labels.max())
+        if low < 0 or high >= n: raise UserError(f'{d.name}: {what} labels must be from 0 to {n - 1}; found {low if low < 0 else high}')
+    if len(d.train.labels.unique()) < 2: raise UserError(f'{d.name}: all training images are of one class; a classifier needs at least 2')
 
 # %% ../nbs/02_data.ipynb #a7cc3b57
 def _statistics(images):

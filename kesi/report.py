@@ -6,7 +6,7 @@
 __all__ = ['VARIANTS', 'LABELS', 'CLAIMS', 'COLORS', 'summary', 'paired', 'provenance', 'collect', 'table', 'differences',
            'figure', 'plot_run', 'plot_tradeoff', 'draw_kesi', 'to_markdown', 'write', 'homes']
 
-# %% ../nbs/11_report.ipynb #6e4852c8
+# %% ../nbs/11_report.ipynb #9c1cbd7d
 import json, math, subprocess
 from html import escape
 from io import BytesIO
@@ -14,14 +14,14 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 import numpy as np, safetensors.torch, torch
-from scipy.special import stdtrit                # quantiles of Student's t; scipy.stats takes seconds to import
+from scipy.special import stdtr, stdtrit         # Student's t; scipy.stats takes seconds to import
 from . import paper
 from .ensemble import accuracy, mean_probabilities
 from .paper import UserError
 from .pipeline import SCHEMA, read_manifest
 from .runtime import write_atomic, write_json
 
-# %% ../nbs/11_report.ipynb #d470a2d5
+# %% ../nbs/11_report.ipynb #71367954
 def summary(values) -> dict:
     "Mean, standard deviation (n-1) and the values themselves; the deviation of a single value is None."
     v = [float(x) for x in values]
@@ -29,13 +29,15 @@ def summary(values) -> dict:
 
 def paired(a, b, # values of two variants, seed by seed
           ) -> dict:
-    "Mean of a - b with its 95 % interval, and what follows: `holds` (a > b), `opposite` (a < b) or `undecided`."
+    "Mean of a - b with its 95 % interval, the p-value of no difference, and what follows: `holds` (a > b), `opposite` (a < b) or `undecided`."
     d = np.asarray(a, float) - np.asarray(b, float)
     mean, n = float(d.mean()), len(d)
-    if n < 2: return {'mean': mean, 'low': None, 'high': None, 'n': n, 'verdict': 'undecided'}
-    half = float(stdtrit(n - 1, .975) * d.std(ddof=1) / math.sqrt(n))
+    if n < 2: return {'mean': mean, 'low': None, 'high': None, 'n': n, 'p': 1., 'verdict': 'undecided'}
+    error = float(d.std(ddof=1) / math.sqrt(n))
+    half = float(stdtrit(n - 1, .975)) * error
+    p = float(2 * stdtr(n - 1, -abs(mean) / error)) if error else float(mean == 0)
     verdict = 'holds' if mean - half > 0 else 'opposite' if mean + half < 0 else 'undecided'
-    return {'mean': mean, 'low': mean - half, 'high': mean + half, 'n': n, 'verdict': verdict}
+    return {'mean': mean, 'low': mean - half, 'high': mean + half, 'n': n, 'p': p, 'verdict': verdict}
 
 # %% ../nbs/11_report.ipynb #e6696f3b
 VARIANTS = ('baseline', 'pfec', 'one-cycle', 'ensemble', 'kesi')
@@ -179,7 +181,7 @@ def plot_run(report: dict, seed: int = 0): # index among the finished seeds
     fig.legend(*bottom.get_legend_handles_labels(), ncols=4, fontsize=8, loc='outside upper center')
     return fig
 
-# %% ../nbs/11_report.ipynb #e4dee630
+# %% ../nbs/11_report.ipynb #d5439a4a
 def plot_tradeoff(report: dict):
     "Accuracy against MACs: every snapshot of both chains, the ensemble's level, and KESI; bars are standard deviations over seeds."
     r, seeds = paper.from_dict(report['recipe']), report['seeds']
@@ -196,7 +198,8 @@ def plot_tradeoff(report: dict):
         ax.errorbar(np.mean(x), np.mean(y), np.std(y, ddof=1) if len(y) > 1 else 0, color=COLORS['kesi'], marker='*', ms=12, capsize=2, ls='', label='+KESI', zorder=5)
     if seeds[0]['ensemble']: ax.axhline(np.mean([100 * s['ensemble']['accuracy'] for s in seeds]), color=COLORS['ensemble'], ls='--', lw=1.2, label='ensemble')
     ax.axhline(np.mean(at('baseline')[1]), color=COLORS['baseline'], ls=':', lw=1.2, label='unpruned')
-    ax.set(xlabel='MACs of one image (millions)' + (', weights that are not zero' if r.method == 'weights' else ''), ylabel='test accuracy (%)'); ax.legend(fontsize=8)
+    ax.set(xlabel='MACs of one image (millions)' + (', weights that are not zero' if r.method == 'weights' else ''), ylabel='test accuracy (%)')
+    ax.set_title('mean ± standard deviation over seeds', fontsize=9); ax.legend(fontsize=8)
     return fig
 
 # %% ../nbs/11_report.ipynb #d2442d38

@@ -6,8 +6,8 @@
 __all__ = ['NAMES', 'SIZES', 'Split', 'Dataset', 'crop_flip', 'resized_crop', 'centre_view', 'random_boxes', 'normaliser',
            'Loader', 'data_root', 'fetch', 'load', 'hold_out']
 
-# %% ../nbs/02_data.ipynb #009874d0
-import functools, gzip, hashlib, http.client, io, math, os, re, urllib.error, urllib.request, zipfile, zlib
+# %% ../nbs/02_data.ipynb #274cb0ac
+import functools, gzip, hashlib, http.client, io, math, os, re, time, urllib.error, urllib.request, zipfile, zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
@@ -202,10 +202,12 @@ class Loader:
         drawn = [t.to(self.rt.device).split(self.batch) for t in (order, *drawn)]
         for i, *how in zip(*drawn): yield self.normalise(change(self.split.images[i], *how)), self.split.labels[i]
 
-# %% ../nbs/02_data.ipynb #6c9e9d84
+# %% ../nbs/02_data.ipynb #741a8911
 def data_root(root=None) -> Path:
     "The folder of downloaded datasets: the one given, else that of the variable KESI_DATA, else ~/.cache/kesi."
-    return Path(root or os.environ.get('KESI_DATA') or '~/.cache/kesi').expanduser()
+    named = root or os.environ.get('KESI_DATA') or '~/.cache/kesi'
+    try: return Path(named).expanduser()
+    except RuntimeError as e: raise UserError(f'{str(named)!r} is no folder for datasets: {e}') from e
 
 def _md5(path):
     h = hashlib.md5(usedforsecurity=False)
@@ -223,12 +225,30 @@ def _continue(url, part):
         raise
     with answer, open(part, 'ab' if answer.status == 206 else 'wb') as f:
         left = int(answer.headers.get('Content-Length', 0)) or None
-        while block := answer.read(1 << 20):
+        while block := answer.read1(1 << 20):              # what has come, not a full block: a reset would take the rest with it
             f.write(block)
             if left: left -= len(block)
     return not left
 
-# %% ../nbs/02_data.ipynb #0c6f416b
+# %% ../nbs/02_data.ipynb #5aef0808
+_ATTEMPTS, _PAUSE = 5, 1.   # how often in a row nothing may come; seconds before another attempt, times the number of failed ones
+
+def _all_of(url, part):
+    "Download a file to its end, however often the connection breaks off."
+    size = lambda: part.stat().st_size if part.exists() else 0
+    begun, failed = size(), 0
+    while failed < _ATTEMPTS:
+        before = size()
+        try:
+            if _continue(url, part): return
+            why = 'the connection broke off'
+        except (OSError, http.client.HTTPException) as e:
+            if size() == begun: raise                          # no connection, or no such file
+            why = e
+        failed = 0 if size() > before else failed + 1
+        time.sleep(_PAUSE * failed)
+    raise OSError(f'nothing more comes after {size():,} bytes: {why}; they are kept, and another attempt goes on from there')
+
 def fetch(url: str,
           path,        # where the file shall be; its folder is made where it is missing
           md5: str,    # published checksum
@@ -239,43 +259,41 @@ def fetch(url: str,
     with locked(path.parent/'.locks'/f'{path.name}.lock', path.name, say):
         if path.exists(): return path                      # another process was quicker
         say(f'downloading {url}')
-        for _ in range(20):
-            before = part.stat().st_size if part.exists() else 0
-            try:
-                if _continue(url, part): break
-            except (OSError, http.client.HTTPException):
-                if not part.exists() or part.stat().st_size <= before: raise      # nothing came
+        _all_of(url, part)
         if _md5(part) != md5:
             part.unlink(); raise UserError(f'what came from {url} does not have the published checksum {md5} and is thrown away')
         os.replace(part, path)
     return path
 
-# %% ../nbs/02_data.ipynb #853a15d8
-def _have(name, path, url, md5):
+# %% ../nbs/02_data.ipynb #25ffc183
+def _have(name, path, url, md5, hint=None): # what to do where it cannot be downloaded
     "A dataset's file, downloaded if need be."
     if path.exists():
         if _md5(path) == md5: return path
         raise UserError(f'{str(path)!r} does not have its published checksum {md5}: it is damaged or incomplete; delete it, and it is downloaded again')
     try: return fetch(url, path, md5)
     except (OSError, http.client.HTTPException, KesiError) as e:
-        raise UserError(f'{name} is not in {str(path.parent)!r} and cannot be downloaded ({getattr(e, "reason", e)}); put {path.name} from {url} there, '
+        raise UserError(f'{name} is not in {str(path.parent)!r} and cannot be downloaded ({getattr(e, "reason", e)}); {hint or f"put {path.name} from {url} there"}, '
                         'or say with --data-root or the variable KESI_DATA where it lies') from e
 
-# %% ../nbs/02_data.ipynb #5ec4dba0
+# %% ../nbs/02_data.ipynb #1db0d820
 def _cifar(name, root):
     from torchvision import datasets                       # takes a second, and is needed here only
     kind = getattr(datasets, name.upper())
     read = lambda download: [kind(str(root), train, download=download) for train in (True, False)]
     try: parts = read(False)
     except RuntimeError:                                   # not there, or not what it should be
-        _have(name, root/kind.filename, kind.url, kind.tgz_md5)
+        home = root/kind.base_folder
+        try: _have(name, root/kind.filename, kind.url, kind.tgz_md5)
+        except UserError as e: raise UserError(f'{str(home)!r} is incomplete or damaged; {e}' if home.exists() else str(e)) from e
         try:
             with locked(root/'.locks'/f'{name}.lock', name): parts = read(True)
-        except (RuntimeError, OSError) as e: raise UserError(f'{name}: {str(root/kind.base_folder)!r} cannot be made from {kind.filename} ({e}); delete the folder and try again') from e
+        except (RuntimeError, OSError) as e:
+            raise UserError(f'{name}: {str(home)!r} cannot be made from {kind.filename} ({e}); ' + ('delete the folder and try again' if home.exists() else f'unpack {kind.filename} there')) from e
     train, test = (Split(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts)
     return Dataset(name, train, test, tuple(parts[0].classes), (.4914, .4822, .4465), (.2023, .1994, .2010))
 
-# %% ../nbs/02_data.ipynb #59ac3d1c
+# %% ../nbs/02_data.ipynb #a5dc5441
 _FASHION = {'train-images-idx3-ubyte.gz': 'f4a8712d7a061bf5bd6d2ca38dc4d50a', 'train-labels-idx1-ubyte.gz': '9018921c3c673c538a1fc5bad174d6f9',
             't10k-images-idx3-ubyte.gz': '8181f5470baa50b63fa0f6fddb340f0a', 't10k-labels-idx1-ubyte.gz': '15d484375f8d13e6eb1aabb0c3f46965'}
 _DEBIAN = Path('/usr/share/datasets/fashion-mnist')
@@ -297,39 +315,53 @@ def _fashion_mnist(name, root):
     found = next((d for d in (home, root, root/'fashion-mnist', _DEBIAN) if all((d/f).exists() for f in _FASHION)), None)
     if not found:
         from torchvision.datasets import FashionMNIST as known
-        for file, md5 in known.resources: found = _have(name, home/file, known.mirrors[0] + file, md5).parent
+        missing, found = [(f, md5) for f, md5 in known.resources if not (home/f).exists()], home
+        hint = f"put {', '.join(f for f, _ in missing)} from {known.mirrors[0]} there, or install Debian's package dataset-fashion-mnist"
+        for file, md5 in missing: _have(name, home/file, known.mirrors[0] + file, md5, hint)
     x, y, tx, ty = (_read_idx(found/f, md5) for f, md5 in _FASHION.items())
     return Dataset(name, Split(x[:, None], y.long()), Split(tx[:, None], ty.long()), _CLOTHES, (.2860,), (.3530,), pad=4)
 
-# %% ../nbs/02_data.ipynb #7c48205d
+# %% ../nbs/02_data.ipynb #0291b90f
 _TINY = ('http://cs231n.stanford.edu/tiny-imagenet-200.zip', '90528d7ca1a48142e341f4ef8d21d0de')
+_TINY_COUNTS = (200, 500, 50)                               # classes; images of each to train on, and to test with
 
 def _pixels(content,            # bytes of a JPEG or PNG
             side: int | None):  # cut a centred square out and resize it to this; None: leave the image as it is
     "An image as bytes, 3×H×W; grey ones get three equal channels."
-    from PIL import Image, ImageOps
-    with Image.open(io.BytesIO(content)) as image:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+    try: image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError: raise ValueError('it is no image') from None
+    except Image.DecompressionBombError as e: raise ValueError(e) from None
+    with image:
         if image.mode[0] in 'IF': raise ValueError(f'its pixels are not bytes (mode {image.mode})')
         image = ImageOps.exif_transpose(image).convert('RGB')
         if side: image = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
         return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).permute(2, 0, 1)
 
+def _room(images, side, hint):
+    "Refuse what would fill the memory."
+    try: memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    except (AttributeError, ValueError, OSError): return       # not every system tells
+    if (need := images * 3 * side**2) > memory / 2: raise UserError(f'{images:,} images of {side}×{side} pixels need {need / 1e9:,.1f} GB, more than half of the memory of this machine; {hint}')
+
 def _stack(listed,  # pairs (name of a file, number of its class)
            read,    # name → content of the file
            hint: str, # what to do about a bad file
-           side=None) -> Split:
+           side=None, # cut and resize each image to this height and width; None: leave them as they are
+           other='choose a smaller size') -> Split: # what to do about a size that does not do
     "Decode images into one tensor; they must be square and of one size."
     images, first = None, None
+    if side: _room(len(listed), side, other)
     for i, (name, _) in enumerate(listed):
         try: x = _pixels(read(name), side)
         except (OSError, ValueError, KeyError, SyntaxError, zipfile.BadZipFile, zlib.error) as e: raise UserError(f'the image {name!r} cannot be read ({e}); {hint}') from e
-        if images is None: images, first = torch.empty(len(listed), *x.shape, dtype=torch.uint8), name
+        if images is None: _room(len(listed), x.shape[-1], other); images, first = torch.empty(len(listed), *x.shape, dtype=torch.uint8), name
         if x.shape != images.shape[1:] or x.shape[1] != x.shape[2]:
-            raise UserError(f'{name!r} has {x.shape[2]}×{x.shape[1]} pixels, {first!r} {images.shape[3]}×{images.shape[2]}; images must be square and of one size; {hint}')
+            raise UserError(f'{name!r} has {x.shape[2]}×{x.shape[1]} pixels, {first!r} {images.shape[3]}×{images.shape[2]}; images must be square and of one size; {hint}, or {other}')
         images[i] = x
     return Split(images, torch.tensor([k for _, k in listed]))
 
-# %% ../nbs/02_data.ipynb #572783ae
+# %% ../nbs/02_data.ipynb #72afac7a
 def _tiny_files(root):
     "A function: name → content of a file of Tiny-ImageNet, out of the zip or the unpacked folder; and where they come from."
     url, md5 = _TINY
@@ -348,9 +380,12 @@ def _tiny_imagenet(name, root):
         train = [(f'train/{n}/images/{r[0]}', number[n]) for n in ids for r in rows(f'train/{n}/{n}_boxes.txt')]
         test = [(f'val/images/{r[0]}', number[r[1]]) for r in rows('val/val_annotations.txt')]
     except (OSError, KeyError, IndexError, ValueError, zipfile.BadZipFile, zlib.error) as e: raise UserError(f'{name}: a list of files cannot be read ({e}); {hint}') from e
+    of_each = [torch.tensor([k for _, k in part], dtype=torch.int64).bincount(minlength=len(number)).unique().tolist() for part in (train, test)]
+    if [len(number), *of_each] != [_TINY_COUNTS[0], *([n] for n in _TINY_COUNTS[1:])]:
+        raise UserError(f'{name}: the lists must name {_TINY_COUNTS[0]} classes, with {_TINY_COUNTS[1]} training and {_TINY_COUNTS[2]} test images of each; they name {len(number)}, with {of_each[0]} and {of_each[1]}; {hint}')
     return Dataset(name, _stack(train, read, hint), _stack(test, read, hint), tuple(words.get(n, n) for n in ids), (.485, .456, .406), (.229, .224, .225), view=224)
 
-# %% ../nbs/02_data.ipynb #e272f88d
+# %% ../nbs/02_data.ipynb #88523ec9
 _PICTURES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'}
 
 def _folder(name, root):
@@ -362,15 +397,17 @@ def _folder(name, root):
     for d in parts:
         if not d.is_dir(): raise UserError(f'there is no folder {str(d)!r}; {name} needs train/ and test/ (or val/), each with one folder of images per class')
     classes = inside(parts[0])
+    if not classes: raise UserError(f'{str(parts[0])!r} has no folders; put the images of each class into a folder of its own')
     if extra := set(inside(parts[1])) - set(classes): raise UserError(f'{str(parts[1])!r} has classes without training images: {", ".join(sorted(extra))}')
-    files = [[(str(p), k) for k, c in enumerate(classes) for p in sorted((d/c).rglob('*')) if p.suffix.lower() in _PICTURES] for d in parts]
+    hidden = lambda p, d: any(part.startswith('.') for part in p.relative_to(d).parts)
+    files = [[(str(p), k) for k, c in enumerate(classes) for p in sorted((d/c).rglob('*')) if p.suffix.lower() in _PICTURES and not hidden(p, d)] for d in parts]
     for d, listed in zip(parts, files):
         if missing := [c for k, c in enumerate(classes) if (d.name == 'train' or not listed) and k not in {k for _, k in listed}]: raise UserError(f'{str(d)!r} has no images of {", ".join(missing)}')
-    hint = 'replace or remove it' if side else f'replace or remove it, or write {name}@SIZE to have all images cut square and resized on loading'
-    train, test = (_stack(listed, lambda n: Path(n).read_bytes(), hint, side) for listed in files)
+    other = f'write folder:{m[1]}@SIZE ' + ('with a smaller size' if side else 'to have all images cut square and resized on loading')
+    train, test = (_stack(listed, lambda n: Path(n).read_bytes(), 'replace or remove it', side, other) for listed in files)
     return Dataset(name, train, test, tuple(classes), *_statistics(train.images))
 
-# %% ../nbs/02_data.ipynb #bc8db412
+# %% ../nbs/02_data.ipynb #41be0d6c
 _LOADERS = {'digits': _digits, 'fashion_mnist': _fashion_mnist, 'cifar10': _cifar, 'cifar100': _cifar, 'tiny_imagenet': _tiny_imagenet}
 NAMES = tuple(_LOADERS)
 SIZES = {'digits': (1000, 797, 16), 'fashion_mnist': (60_000, 10_000, 28), 'cifar10': (50_000, 10_000, 32),      # images to train on and to test with, height and width of a view:
@@ -394,9 +431,12 @@ def load(name: str,   # one of `NAMES`, `NAME@N` for N of its training images, o
          root=None,   # folder of downloaded datasets; None: see `data_root`
         ) -> Dataset:
     "Load a dataset by name; the last two are remembered. What is wrong with its files is a `UserError`."
-    if name.partition('@')[0] in _LOADERS and '@' in name: return _subset(name, root)
-    if name not in _LOADERS and not name.startswith('folder:'): raise UserError(f'unknown dataset {name!r}; allowed are {", ".join(NAMES)}, each with @N behind it for N of its training images, and folder:NAME for images of your own')
-    return _load(name, None if name == 'digits' else data_root(root))
+    whole, at, _ = name.partition('@')
+    if not (whole in _LOADERS or name.startswith('folder:')): raise UserError(f'unknown dataset {name!r}; allowed are {", ".join(NAMES)}, each with @N behind it for N of its training images, and folder:NAME for images of your own')
+    root = None if whole == 'digits' else data_root(root)       # now: what is remembered belongs to this folder
+    try: return _subset(name, root) if at and whole in _LOADERS else _load(name, root)
+    except UserError: raise
+    except (OSError, ValueError) as e: raise UserError(f'{name} cannot be read from {str(root)!r}: {e}') from e
 
 # %% ../nbs/02_data.ipynb #0da59887
 def hold_out(data: Dataset,

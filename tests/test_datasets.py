@@ -1,5 +1,5 @@
 "The datasets' files in their exact formats, small: whole, cut short, damaged, missing. Nothing is downloaded but from a server in this process."
-import gzip, hashlib, http.server, io, os, pickle, re, subprocess, sys, tarfile, threading, zipfile
+import gzip, hashlib, http.server, io, os, pickle, re, socket, struct, subprocess, sys, tarfile, threading, time, zipfile, zlib
 from dataclasses import replace
 import numpy as np, pytest, torch
 from PIL import Image
@@ -16,11 +16,14 @@ NOWHERE = 'http://127.0.0.1:9/'          # nobody answers there
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, tmp_path):
     "No dataset is remembered from another test, none is taken from the system, no proxy is asked."
-    data._load.cache_clear()
-    monkeypatch.setattr(data, '_DEBIAN', tmp_path/'no such package')
+    forget()
+    monkeypatch.setattr(data, '_DEBIAN', tmp_path/'no such package'); monkeypatch.setattr(data, '_PAUSE', 0.)
+    monkeypatch.setattr(data, '_TINY_COUNTS', (3, 3, 1))                      # as in `tiny_files`
     monkeypatch.setenv('no_proxy', '*')
     yield
-    data._load.cache_clear()
+    forget()
+
+def forget(): data._load.cache_clear(); data._subset.cache_clear()
 
 @pytest.fixture
 def server():
@@ -34,9 +37,10 @@ def server():
             if begin and begin >= len(content): return self.send_error(416)
             self.send_response(206 if begin else 200); self.send_header('Content-Length', str(len(content) - begin)); self.end_headers()
             self.wfile.write(content[begin:begin + s.cut])
+            if s.reset: self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0)); self.wfile.flush(); time.sleep(.05); self.connection.close()
         def log_message(self, *_): pass
     s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    s.files, s.asked, s.cut, s.ranges, s.url = {}, [], 10**9, True, f'http://127.0.0.1:{s.server_port}/'
+    s.files, s.asked, s.cut, s.ranges, s.reset, s.url = {}, [], 10**9, True, False, f'http://127.0.0.1:{s.server_port}/'
     threading.Thread(target=s.serve_forever, daemon=True).start()
     yield s
     s.shutdown(); s.server_close()
@@ -65,8 +69,23 @@ def test_a_server_without_ranges_is_asked_from_the_start(server, tmp_path):
 
 def test_a_server_that_sends_nothing_is_given_up(server, tmp_path):
     server.files['/x'], server.cut = b'abc', 0
-    with pytest.raises(UserError, match='checksum'): data.fetch(server.url + 'x', tmp_path/'x', md5(b'abc'))
-    assert not (tmp_path/'x').exists()
+    with pytest.raises(OSError, match='nothing more comes after 0 bytes'): data.fetch(server.url + 'x', tmp_path/'x', md5(b'abc'))
+    assert not (tmp_path/'x').exists() and len(server.asked) == data._ATTEMPTS
+
+def test_many_small_pieces_make_a_whole_file(server, tmp_path):
+    server.files['/x'], server.cut = bytes(range(256)) * 40, 256
+    assert data.fetch(server.url + 'x', tmp_path/'x', md5(server.files['/x'])).read_bytes() == server.files['/x']
+    assert len(server.asked) == 40
+
+def test_what_came_before_a_reset_is_kept(server, tmp_path):
+    server.files['/x'], server.cut, server.reset = os.urandom(10_000), 6000, True
+    assert data.fetch(server.url + 'x', tmp_path/'x', md5(server.files['/x'])).read_bytes() == server.files['/x']
+    assert server.asked == [None, 'bytes=6000-']
+
+def test_a_server_that_begins_anew_each_time_is_given_up(server, tmp_path):
+    server.files['/x'], server.cut, server.ranges = b'abcdef' * 100, 400, False
+    with pytest.raises(OSError, match='after 400 bytes.*kept'): data.fetch(server.url + 'x', tmp_path/'x', md5(server.files['/x']))
+    assert (tmp_path/'x.part').stat().st_size == 400
 
 @pytest.mark.parametrize('name', ['cifar10', 'cifar100', 'fashion_mnist', 'tiny_imagenet'])
 def test_offline_says_what_to_put_where(name, tmp_path, monkeypatch):
@@ -109,7 +128,7 @@ def test_cifar_is_read(kind, monkeypatch, tmp_path):
     assert torch.cat([d.train.labels, d.test.labels]).tolist() == y
     assert (d.size, d.channels, d.pad, d.flip, len(d.classes), len(d.test)) == (32, 3, 4, True, 10 if kind is datasets.CIFAR10 else 100, 20)
     assert d.mean == (.4914, .4822, .4465) and d.std == (.2023, .1994, .2010) and d.train.images.is_contiguous()
-    (tmp_path/kind.filename).unlink(); data._load.cache_clear()
+    (tmp_path/kind.filename).unlink(); forget()
     assert load(kind.__name__.lower(), tmp_path).digest == d.digest          # the unpacked folder is enough
 
 def test_cifar_is_downloaded(monkeypatch, tmp_path, server):
@@ -125,9 +144,9 @@ def test_cifar_cut_short_or_damaged(monkeypatch, tmp_path):
         with pytest.raises(UserError, match='damaged or incomplete; delete it'): load('cifar10', tmp_path)
         assert not (tmp_path/'cifar-10-batches-py').exists()
     (tmp_path/'cifar-10-python.tar.gz').write_bytes(tar); load('cifar10', tmp_path)
-    (tmp_path/'cifar-10-batches-py'/'data_batch_3').write_bytes(b'half'); data._load.cache_clear()
+    (tmp_path/'cifar-10-batches-py'/'data_batch_3').write_bytes(b'half'); forget()
     assert len(load('cifar10', tmp_path).train) == 100                       # unpacked again
-    (tmp_path/'cifar-10-batches-py'/'batches.meta').write_bytes(b'half'); data._load.cache_clear()
+    (tmp_path/'cifar-10-batches-py'/'batches.meta').write_bytes(b'half'); forget()
     with pytest.raises(UserError, match='delete the folder'): load('cifar10', tmp_path)
 
 class Evil:
@@ -138,7 +157,7 @@ def test_cifar_pickles_are_not_opened_before_their_checksum(monkeypatch, tmp_pat
     (tmp_path/'cifar-10-python.tar.gz').write_bytes(tar); load('cifar10', tmp_path)
     Evil.path = tmp_path/'executed'
     for file in ('data_batch_1', 'test_batch', 'batches.meta'):
-        (tmp_path/'cifar-10-python.tar.gz').unlink(missing_ok=True); data._load.cache_clear()
+        (tmp_path/'cifar-10-python.tar.gz').unlink(missing_ok=True); forget()
         (tmp_path/'cifar-10-batches-py'/file).write_bytes(pickle.dumps(Evil()))
         with pytest.raises(UserError): load('cifar10', tmp_path)
     assert not Evil.path.exists()
@@ -199,8 +218,8 @@ def tiny_files(n=3):
     for k, c in enumerate(ids):
         files[f'train/{c}/{c}_boxes.txt'] = ''.join(f'{c}_{i}.JPEG\t0\t0\t9\t9\n' for i in range(n)).encode()
         for i in range(n): files[f'train/{c}/images/{c}_{i}.JPEG'] = jpeg(10 * k + i, grey=i == 1)
-    files['val/val_annotations.txt'] = b'val_0.JPEG\tn01\t0\t0\t9\t9\nval_1.JPEG\tn03\t0\t0\t9\t9\n'
-    for i in range(2): files[f'val/images/val_{i}.JPEG'] = jpeg(100 + i)
+    files['val/val_annotations.txt'] = b'val_0.JPEG\tn01\t0\t0\t9\t9\nval_1.JPEG\tn03\t0\t0\t9\t9\nval_2.JPEG\tn02\t0\t0\t9\t9\n'
+    for i in range(3): files[f'val/images/val_{i}.JPEG'] = jpeg(100 + i)
     return files
 
 def tiny_zip(files, monkeypatch):
@@ -218,7 +237,7 @@ def test_tiny_imagenet_zip_and_folder(monkeypatch, tmp_path, server):
     content = tiny_zip(files, monkeypatch)
     (tmp_path/'zip').mkdir(); (tmp_path/'zip'/'tiny-imagenet-200.zip').write_bytes(content)
     d = load('tiny_imagenet', tmp_path/'zip')
-    assert d.classes == ('dog', 'cat', 'n03') and d.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and d.test.labels.tolist() == [1, 2]
+    assert d.classes == ('dog', 'cat', 'n03') and d.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and d.test.labels.tolist() == [1, 2, 0]
     assert (d.size, tuple(d.train.images.shape), d.train.images.is_contiguous()) == (224, (9, 3, 64, 64), True)
     for i, f in ((0, 'train/n02/images/n02_0.JPEG'), (4, 'train/n01/images/n01_1.JPEG')):
         assert_close(d.train.images[i].permute(1, 2, 0), torch.from_numpy(np.array(Image.open(io.BytesIO(files[f])).convert('RGB'))), rtol=0, atol=0)
@@ -245,6 +264,13 @@ def test_tiny_imagenet_incomplete_tree(file, content, tmp_path, monkeypatch):
     (tmp_path/'zip').mkdir(); (tmp_path/'zip'/'tiny-imagenet-200.zip').write_bytes(tiny_zip(files, monkeypatch))
     with pytest.raises(UserError, match='incomplete or damaged|one size'): load('tiny_imagenet', tmp_path/'zip')
 
+@pytest.mark.parametrize('file, content', [('val/val_annotations.txt', b'val_0.JPEG\tn01\nval_1.JPEG\tn03\n'), ('val/val_annotations.txt', b''), ('train/n01/n01_boxes.txt', b''),
+                                           ('train/n01/n01_boxes.txt', b'n01_0.JPEG\n'), ('wnids.txt', b'n02\nn01\nn01'), ('wnids.txt', b'n02\nn01\nn03\nn03'), ('wnids.txt', b'')])
+def test_tiny_imagenet_lists_cut_short(file, content, tmp_path):
+    "Every file that they name is there, and yet it would be another dataset."
+    unpack({**tiny_files(), file: content}, tmp_path/'tiny-imagenet-200')
+    with pytest.raises(UserError, match='3 classes, with 3 training and 1 test|cannot be read'): load('tiny_imagenet', tmp_path)
+
 def test_imagenet_start_and_view_through_the_pipeline(monkeypatch, tmp_path):
     unpack(tiny_files(), tmp_path/'tiny-imagenet-200')
     asked = []
@@ -269,16 +295,49 @@ def test_folder(tmp_path):
     assert (d.size, d.classes, len(d.train), d.train.labels.tolist()) == (16, ('a', 'b'), 8, [0] * 4 + [1] * 4) and e.size == 12
     assert paper.recipe('folder:mine/resnet8').name == 'folder:mine/resnet8'
     (tmp_path/'mine'/'train'/'a'/'odd.png').write_bytes(jpeg(0, side=8))
-    data._load.cache_clear()
+    forget()
     with pytest.raises(UserError, match='odd.png.*8×8.*write folder:mine@SIZE'): load('folder:mine', tmp_path)
     assert load('folder:mine@16', tmp_path).size == 16
-    (tmp_path/'mine'/'train'/'a'/'bad.png').write_bytes(b'no image'); data._load.cache_clear()
+    (tmp_path/'mine'/'train'/'a'/'bad.png').write_bytes(b'no image'); forget()
     with pytest.raises(UserError, match='bad.png.*cannot be read'): load('folder:mine@16', tmp_path)
 
 def test_folder_mistakes(tmp_path):
     flowers(tmp_path/'none', ('train',)); flowers(tmp_path/'extra'); (tmp_path/'extra'/'test'/'c').mkdir(); flowers(tmp_path/'empty'); (tmp_path/'empty'/'train'/'c').mkdir()
     for name, message in (('none', 'no folder'), ('extra', 'without training images: c'), ('empty', 'no images of c'), ('nowhere', 'needs train/ and test/'), ('a/b', 'in the data root'), ('x@0', 'in the data root')):
         with pytest.raises(UserError, match=message): load(f'folder:{name}', tmp_path)
+
+def test_folder_without_classes(tmp_path):
+    for p in ('train', 'test'): (tmp_path/'flat'/p).mkdir(parents=True); (tmp_path/'flat'/p/'0.jpg').write_bytes(jpeg(0))
+    with pytest.raises(UserError, match='folder of its own'): load('folder:flat', tmp_path)
+
+def test_folder_leaves_hidden_files_out(tmp_path):
+    flowers(tmp_path/'mine'); home = tmp_path/'mine'/'train'/'a'
+    (home/'.ipynb_checkpoints').mkdir(); (home/'.ipynb_checkpoints'/'0.png').write_bytes(jpeg(0)); (home/'._0.png').write_bytes(b'not an image')
+    assert len(load('folder:mine', tmp_path).train) == 8
+
+def test_images_that_claim_too_much(tmp_path):
+    flowers(tmp_path/'mine')
+    header = b'IHDR' + struct.pack('>IIBBBBB', 30_000, 30_000, 8, 2, 0, 0, 0)
+    (tmp_path/'mine'/'train'/'a'/'bomb.png').write_bytes(b'\x89PNG\r\n\x1a\n' + struct.pack('>I', 13) + header + struct.pack('>I', zlib.crc32(header)))
+    with pytest.raises(UserError, match='bomb.png.*cannot be read'): load('folder:mine@8', tmp_path)
+    with pytest.raises(UserError, match='more than half of the memory'): load('folder:mine@99999', tmp_path)
+
+def test_roots_that_are_none(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match='no folder for datasets'): load('fashion_mnist', '~nobody-has-this-name/x')
+    with pytest.raises(UserError): load('fashion_mnist', 'a\0b')
+    monkeypatch.setattr(datasets.FashionMNIST, 'mirrors', [NOWHERE])
+    with pytest.raises(UserError, match='dataset-fashion-mnist') as e: load('fashion_mnist', tmp_path)
+    assert all(f in str(e.value) for f in data._FASHION)
+    (tmp_path/'tiny-imagenet-200.zip').mkdir()
+    with pytest.raises(UserError, match='tiny'): load('tiny_imagenet', tmp_path)
+
+def test_a_subset_follows_the_data_root(tmp_path, monkeypatch):
+    "What is remembered of one folder is not taken for another's."
+    known = iter(range(2))
+    monkeypatch.setitem(data._LOADERS, 'cifar10', lambda name, root: replace(load('digits'), mean=(.1 * (1 + next(known)),)))
+    digests = []
+    for d in 'ab': monkeypatch.setenv('KESI_DATA', str(tmp_path/d)); digests.append(load('cifar10@500').digest)
+    assert digests[0] != digests[1]
 
 # --- the rest
 def test_digits_and_their_batches_have_not_changed():

@@ -164,7 +164,8 @@ def load(path) -> Network:
     for p in net.parameters(): p.requires_grad_(True)
     return net.eval()
 
-# %% ../nbs/04_other_networks.ipynb #6470b27f
+# %% ../nbs/04_other_networks.ipynb #bf2d2d8a
+import pickle
 from .runtime import KesiError
 
 # %% ../nbs/04_other_networks.ipynb #91da7214
@@ -311,7 +312,7 @@ class ImageResNet(Network):
 
 _BUILDERS['imagenet'] = ImageResNet
 
-# %% ../nbs/04_other_networks.ipynb #f0a87e38
+# %% ../nbs/04_other_networks.ipynb #1b3bc23d
 def pretrained(spec: Spec,    # resnet18 or resnet34, unpruned, for colour images
                seed: int = 0, # names the random weights of the last layer
                state=None,    # a torchvision state dict; None: its ImageNet weights, downloaded once
@@ -322,8 +323,9 @@ def pretrained(spec: Spec,    # resnet18 or resnet34, unpruned, for colour image
     if state is None:
         import torchvision                                        # takes seconds, and is needed here only
         weights = torchvision.models.get_model_weights(spec.arch).IMAGENET1K_V1
-        try: state = weights.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as e: raise KesiError(f'cannot get the ImageNet weights from {weights.url}: {e}') from e
+        try: state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)      # nothing in the file is executed
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+            raise KesiError(f'cannot get the ImageNet weights from {weights.url}: {e}; put that file into {str(Path(torch.hub.get_dir())/"checkpoints")!r}, and delete what may lie there damaged') from e
     net = build(spec, seed)
     own = net.state_dict()
     net.load_state_dict({n: own[n] if n.startswith('fc.') and t.shape != own[n].shape else t for n, t in state.items()})

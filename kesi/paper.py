@@ -187,7 +187,7 @@ def _known(arch):
 VARIANTS = ('pfec', 'one-cycle', 'kesi')
 def _f(default, rule, doc): return field(default=default, metadata={'rule': rule, 'doc': doc})
 
-# %% ../nbs/00_paper.ipynb #a91fd7cc
+# %% ../nbs/00_paper.ipynb #97ae4af3
 @dataclass(frozen=True)
 class Recipe:
     "One experiment: what to train on, what to prune, how to retrain, how to distil. Defaults are the paper's."
@@ -227,6 +227,10 @@ class Recipe:
 
     @property
     def name(self): return f'{self.data}/{self.arch}'
+    @property
+    def measured(self) -> str:
+        "What the accuracies are measured on, in a word."
+        return 'validation' if self.valid else 'test'
 
 # %% ../nbs/00_paper.ipynb #1e2b4d0a
 def _check(r):

@@ -376,7 +376,7 @@ def work_of(r: Recipe, stages: dict, data: Dataset) -> dict[str, float]:
     work = epoch_work(r, len(data.train), len(data.test), data.size)
     return {s.key: work[n] for n, s in stages.items()}
 
-# %% ../nbs/10_kesi.ipynb #bd9f2bae
+# %% ../nbs/10_kesi.ipynb #acd558e6
 class Progress:
     "Where a run is, and how long it will take. Draws a bar on a terminal, and says one line per finished stage."
     def __init__(self, seeds, r, data, store, say, work=work_of, show=True):
@@ -387,6 +387,7 @@ class Progress:
         self.left = {k: self.work[k] * epochs for k, (_, epochs) in self.names.items()}
         for s in stages_of(seeds):
             if store.path(s).exists(): self.left.pop(s.key, None)
+        self.measured = r.measured
         self.total = sum(self.left.values())
         self.bar = tqdm(total=100, disable=None if self.left and show else True, leave=False, bar_format='{percentage:3.0f}% |{bar:20}| {desc}')
 
@@ -401,13 +402,13 @@ class Progress:
         if stage.key in self.left: self.left[stage.key] -= self.work[stage.key]
         name, epochs = self.names[stage.key]
         self.bar.n = min(100, 100 * self.done / max(self.total, 1))
-        self.bar.set_description_str(f'{name} · epoch {record["epoch"]}/{epochs} · test {record["test_accuracy"]:.1%} · {self.to_go()}')
+        self.bar.set_description_str(f'{name} · epoch {record["epoch"]}/{epochs} · {self.measured} {record["test_accuracy"]:.1%} · {self.to_go()}')
 
     def stage(self, stage, m):
         "A stage was computed."
         if stage.key not in self.names: return
         self.done += self.left.pop(stage.key, 0)          # epochs of other processes
-        if self.say: self.bar.clear(); self.say(f'{self.names[stage.key][0]}: test accuracy {m["metrics"]["accuracy"]:.2%}, {m["metrics"]["params"]:,} parameters · {self.to_go()}')
+        if self.say: self.bar.clear(); self.say(f'{self.names[stage.key][0]}: {self.measured} accuracy {m["metrics"]["accuracy"]:.2%}, {m["metrics"]["params"]:,} parameters · {self.to_go()}')
 
     def there(self, stage, m):
         "A stage is there; news where another process computed it."

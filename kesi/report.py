@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'LABELS', 'CLAIMS', 'COLORS', 'summary', 'paired', 'provenance', 'collect', 'table', 'differences',
-           'figure', 'plot_run', 'plot_tradeoff', 'draw_kesi', 'to_markdown', 'write', 'homes']
+           'apart', 'nearest', 'beside_paper', 'figure', 'plot_run', 'plot_tradeoff', 'draw_kesi', 'to_markdown',
+           'write', 'homes']
 
-# %% ../nbs/11_report.ipynb #9c1cbd7d
-import json, math, subprocess
+# %% ../nbs/11_report.ipynb #2fbd7abf
+import dataclasses, json, math, subprocess
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np, safetensors.torch, torch
 from scipy.special import stdtr, stdtrit         # Student's t; scipy.stats takes seconds to import
 from . import paper
 from .ensemble import accuracy, mean_probabilities
-from .paper import UserError
+from .paper import Recipe, UserError
 from .pipeline import SCHEMA, read_manifest
 from .runtime import write_atomic, write_json
 
@@ -114,16 +115,16 @@ def collect(home, # folder of a recipe's report, with `run.json` in it
             'table': table, 'differences': [{'claim': f'{a} > {b}', **paired(values[a], values[b])} for a, b in CLAIMS if a in values and b in values], 'seeds': seeds,
             'provenance': provenance(manifests)}
 
-# %% ../nbs/11_report.ipynb #fb7306ef
+# %% ../nbs/11_report.ipynb #0b76004d
 def _pm(s, digits=2): return f'{s["mean"]:.{digits}f}' + (f' ± {s["std"]:.{digits}f}' if s['std'] is not None else '')
 
 def table(report: dict) -> str: # Markdown
     "The results as a Markdown table, beside the paper's where it has them."
     r = paper.from_dict(report['recipe'])
-    theirs, labels = paper.published(r.arch, r.data, r.method), LABELS[r.method]
+    theirs, labels = {} if r.valid else paper.published(r.arch, r.data, r.method), LABELS[r.method]
     kind = 'nonzero_' if r.method == 'weights' else ''
     full = report['table'][0]
-    rows = ['| | parameters | MACs | accuracy (%) |' + (' paper (%) |' if theirs else ''), '|---|---|---|---|' + ('---|' if theirs else '')]
+    rows = [f'| | parameters | MACs | {"validation " if r.valid else ""}accuracy (%) |' + (' paper (%) |' if theirs else ''), '|---|---|---|---|' + ('---|' if theirs else '')]
     for row in report['table']:
         saved = lambda n: '' if row['variant'] in ('baseline', 'ensemble') else f' (−{1 - row[kind + n] / full[kind + n]:.0%})'
         line = f'| {labels[row["variant"]]} | {row[kind + "params"]:,}{saved("params")} | {row[kind + "macs"] / 1e6:.2f} M{saved("macs")} | {_pm(row["accuracy"])} |'
@@ -142,7 +143,41 @@ def differences(report: dict) -> str: # Markdown
         rows.append(f'| {labels[a]} > {labels[b]} | {round(d["mean"], 2) + 0:+.2f} | {interval} | {verdict} |')
     return '\n'.join(rows)
 
-# %% ../nbs/11_report.ipynb #bc26da83
+# %% ../nbs/11_report.ipynb #4118de53
+def apart(r: Recipe) -> list[str]:
+    "How a recipe differs from the published one, in words."
+    usual, free = paper.recipe(r.name), ('seeds', 'variants', 'method')
+    return [f'{f.name} {getattr(r, f.name)} instead of {getattr(usual, f.name)}' for f in dataclasses.fields(r) if f.name not in free and getattr(r, f.name) != getattr(usual, f.name)]
+
+def nearest(reports, data: str) -> dict: # (network, method) → report
+    "For each row of one dataset the report that comes nearest to the paper: in most settings, then in epochs, then in seeds."
+    found = {}
+    def nearness(report): r = paper.from_dict(report['recipe']); return -len(apart(r)), r.epochs, len(report['seeds'])
+    for report in reports:
+        if 'table' not in report or (r := paper.from_dict(report['recipe'])).data != data or r.valid: continue
+        row = r.arch, r.method
+        if row not in found or nearness(report) > nearness(found[row]): found[row] = report
+    return found
+
+def beside_paper(data: str, reports) -> str: # Markdown
+    "All lines of the paper on one dataset; below each what we got, or the command that computes it."
+    found, columns = nearest(reports, data), ('baseline', *paper.VARIANTS)
+    rows = dict.fromkeys((line.network, line.method) for line in paper.TABLE1 + paper.TABLE2 if data in line.accuracy)
+    lines = ['| network | pruned | | baseline | small rate | +one-cycle | +KESI |', '|---|---|---|---|---|---|---|']
+    for network, method in rows:
+        theirs = paper.published(network, data, method)
+        lines.append(f'| {network} | {method} | paper | ' + ' | '.join(_pm(dict(zip(('mean', 'std'), theirs[v].accuracy[data]))) for v in columns) + ' |')
+        command = f'kesi_run {data}/{network}' + (' --method weights' if method == 'weights' else '')
+        if report := found.get((network, method)):
+            ours = {row['variant']: _pm(row['accuracy']) for row in report['table']}
+            how = ', '.join([f'{len(report["seeds"])} seed(s)', *apart(paper.from_dict(report['recipe']))])
+            lines.append(f'| | | ours: {how} | ' + ' | '.join(ours.get(v, '') for v in columns) + ' |')
+        else: lines.append(f'| | | not run: `{command}` | | | | |')
+    missing = len(rows) - len(found)
+    said = f"{len(found)} of the paper's {len(rows)} lines on {data} have been run here" + ('; the others have not, for lack of the data or of the computing time.' if missing else '.')
+    return '\n'.join([said, '', *lines])
+
+# %% ../nbs/11_report.ipynb #7cb595f5
 COLORS = {'baseline': '#6b6b6b', 'pfec': '#d1495b', 'one-cycle': '#3b6fb6', 'ensemble': '#e0a030', 'kesi': '#2a9d6f'}
 
 class _Picture(Figure):
@@ -177,11 +212,11 @@ def plot_run(report: dict, seed: int = 0): # index among the finished seeds
     _course(top, base, 'lr', 0, color=COLORS['baseline'], lw=1.3); _course(bottom, base, 'test_accuracy', 0, 100, color=COLORS['baseline'], lw=1.3, label=labels['baseline'])
     bottom.plot(len(base), 100 * stages['baseline']['accuracy'], 'o', color=COLORS['baseline'], ms=5)
     low = min(100 * s['accuracy'] for s in stages.values())
-    bottom.set(xlabel='epoch', ylabel='test accuracy (%)', ylim=(max(0, low - 3 * max(1, 100 - low) / 2), 100.2)); top.set(yscale='log', ylabel='learning rate')
+    bottom.set(xlabel='epoch', ylabel=f'{r.measured} accuracy (%)', ylim=(max(0, low - 3 * max(1, 100 - low) / 2), 100.2)); top.set(yscale='log', ylabel='learning rate')
     fig.legend(*bottom.get_legend_handles_labels(), ncols=4, fontsize=8, loc='outside upper center')
     return fig
 
-# %% ../nbs/11_report.ipynb #d5439a4a
+# %% ../nbs/11_report.ipynb #d630248f
 def plot_tradeoff(report: dict):
     "Accuracy against MACs: every snapshot of both chains, the ensemble's level, and KESI; bars are standard deviations over seeds."
     r, seeds = paper.from_dict(report['recipe']), report['seeds']
@@ -198,7 +233,7 @@ def plot_tradeoff(report: dict):
         ax.errorbar(np.mean(x), np.mean(y), np.std(y, ddof=1) if len(y) > 1 else 0, color=COLORS['kesi'], marker='*', ms=12, capsize=2, ls='', label='+KESI', zorder=5)
     if seeds[0]['ensemble']: ax.axhline(np.mean([100 * s['ensemble']['accuracy'] for s in seeds]), color=COLORS['ensemble'], ls='--', lw=1.2, label='ensemble')
     ax.axhline(np.mean(at('baseline')[1]), color=COLORS['baseline'], ls=':', lw=1.2, label='unpruned')
-    ax.set(xlabel='MACs of one image (millions)' + (', weights that are not zero' if r.method == 'weights' else ''), ylabel='test accuracy (%)')
+    ax.set(xlabel='MACs of one image (millions)' + (', weights that are not zero' if r.method == 'weights' else ''), ylabel=f'{r.measured} accuracy (%)')
     ax.set_title('mean ± standard deviation over seeds', fontsize=9); ax.legend(fontsize=8)
     return fig
 
@@ -274,7 +309,7 @@ def draw_kesi(report: dict, # of a run with the variants `one-cycle` and `kesi`
         d.text(x - 46, 446, f'as small, small fixed learning rate: {mean(f"pfec {r.iterations}"):.1%}', 14, 'end', COLORS['pfec'])
     return d.svg(f'KESI on {report["name"]}: from {mean("baseline"):.1%} with {size("baseline")} parameters to {mean("kesi"):.1%} with {size("kesi")}')
 
-# %% ../nbs/11_report.ipynb #861dcc45
+# %% ../nbs/11_report.ipynb #90a22638
 def _save(fig, path):
     with matplotlib.rc_context({'svg.hashsalt': 'kesi', 'svg.fonttype': 'path'}):
         for kind in ('png', 'svg'):
@@ -285,9 +320,10 @@ def to_markdown(report: dict) -> str:
     "The report as one Markdown page."
     r, p = paper.from_dict(report['recipe']), report['provenance']
     n = len(report['seeds'])
-    order = '' if paper.published(r.arch, r.data, r.method) else f'The paper has no line for {r.name}; in all of its lines {LABELS[r.method]["pfec"]} < +one-cycle < +KESI.\n\n'
+    order = '' if r.valid or paper.published(r.arch, r.data, r.method) else f'The paper has no line for {r.name}; in all of its lines {LABELS[r.method]["pfec"]} < +one-cycle < +KESI.\n\n'
     missing = f' {report["unfinished_seeds"]} more are not finished.' if report['unfinished_seeds'] else ''
-    return (f'# {report["name"]}\n\n{n} seed{"s" * (n > 1)}, mean ± standard deviation.{missing}\n\n{table(report)}\n\n{order}## Paired differences\n\n{differences(report)}\n\n'
+    held_out = f' Measured on {r.valid:.0%} of the training images, which were held out for it; the test images have not been looked at.' if r.valid else ''
+    return (f'# {report["name"]}\n\n{n} seed{"s" * (n > 1)}, mean ± standard deviation.{missing}{held_out}\n\n{table(report)}\n\n{order}## Paired differences\n\n{differences(report)}\n\n'
             f'![learning rate and test accuracy](run.png)\n\n![accuracy against MACs](tradeoff.png)\n\n'
             f'Computed on {"; ".join(", ".join(f"{k} {v}" for k, v in m.items() if v) for m in p["machines"])}; {p["seconds"]:.0f} s of computing in all.\n')
 

@@ -192,7 +192,22 @@ def test_pretrained_asks_torchvision(monkeypatch, arch):
         for n, t in theirs.state_dict().items():
             if classes == 1000 or not n.startswith("fc."): assert torch.equal(found[n], t), n
     assert own.training and own.fc.weight.shape == (200, 512)
-    assert len(asked) == 2 and f'{arch}-' in asked[0][0] and asked[0][1]['check_hash']
+    assert len(asked) == 2 and f'{arch}-' in asked[0][0] and asked[0][1]['check_hash'] and asked[0][1]['weights_only']
+
+class Code:
+    "A pickle of it writes a file when it is read."
+    def __init__(self, path): self.path = str(path)
+    def __reduce__(self): return open, (self.path, 'w')
+
+@pytest.mark.parametrize('bad', ['empty', 'text', 'code'])
+def test_pretrained_from_a_bad_file(monkeypatch, tmp_path, bad):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    home = tmp_path/'hub'/'checkpoints'; home.mkdir(parents=True)
+    file = home/torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url.rsplit('/')[-1]
+    if bad == 'code': torch.save({'conv1.weight': Code(tmp_path/'written')}, file)
+    else: file.write_bytes(b'' if bad == 'empty' else b'no weights')
+    with pytest.raises(KesiError, match='put that file into .*checkpoints'): pretrained(Spec('resnet18'))
+    assert not (tmp_path/'written').exists()
 
 def test_pretrained_without_a_connection(monkeypatch):
     def answer(self, **options): raise URLError('no route to host')

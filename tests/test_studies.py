@@ -13,6 +13,7 @@ from kesi import studies
     (['diversity', '--set', 'method=weights'], 'prune filters'),
     (['how_far', '--set', 'rates=.5'], 'at least one'),
     (['teachers', '--threads', '0'], 'threads must be'),
+    (['rivals', '--seeds', '6'], 'seeds 0 to 4'),
     ([], 'required')))
 def test_bad_lines(tmp_path, capsys, argv, said):
     try: code = studies.kesi_study([*argv, '--out', str(tmp_path/'runs')])

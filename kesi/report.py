@@ -143,7 +143,7 @@ def differences(report: dict) -> str: # Markdown
         rows.append(f'| {labels[a]} > {labels[b]} | {round(d["mean"], 2) + 0:+.2f} | {interval} | {verdict} |')
     return '\n'.join(rows)
 
-# %% ../nbs/11_report.ipynb #4118de53
+# %% ../nbs/11_report.ipynb #f0978370
 def apart(r: Recipe) -> list[str]:
     "How a recipe differs from the published one, in words."
     usual, free = paper.recipe(r.name), ('seeds', 'variants', 'method')
@@ -173,8 +173,8 @@ def beside_paper(data: str, reports) -> str: # Markdown
             how = ', '.join([f'{len(report["seeds"])} seed(s)', *apart(paper.from_dict(report['recipe']))])
             lines.append(f'| | | ours: {how} | ' + ' | '.join(ours.get(v, '') for v in columns) + ' |')
         else: lines.append(f'| | | not run: `{command}` | | | | |')
-    missing = len(rows) - len(found)
-    said = f"{len(found)} of the paper's {len(rows)} lines on {data} have been run here" + ('; the others have not, for lack of the data or of the computing time.' if missing else '.')
+    missing = sum(row not in found for row in rows)             # what was run may also have no line in the paper
+    said = f"{len(rows) - missing} of the paper's {len(rows)} lines on {data} have been run here" + ('; the others have not, for lack of the data or of the computing time.' if missing else '.')
     return '\n'.join([said, '', *lines])
 
 # %% ../nbs/11_report.ipynb #7cb595f5

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'TABLE1', 'TABLE2', 'VARIANTS', 'RECIPES', 'UserError', 'family', 'stages', 'full_widths', 'expand',
-           'plan', 'shrink', 'shares', 'Row', 'published', 'Rule', 'is_own', 'Recipe', 'to_json', 'from_dict',
-           'from_file', 'with_settings', 'recipe']
+           'plan', 'shrink', 'shares', 'Row', 'published', 'recovery', 'Rule', 'is_own', 'Recipe', 'to_json',
+           'from_dict', 'from_file', 'with_settings', 'recipe']
 
 # %% ../nbs/00_paper.ipynb #8a8ae0a3
 import dataclasses, json, math, re
@@ -155,6 +155,12 @@ def published(network: str,             # name of a network
              ) -> dict:                 # variant → Row; empty where the paper has no such line
     "The paper's lines for one network and dataset."
     return {r.variant: r for r in TABLE1 + TABLE2 if r.network == network and r.method == method and data in r.accuracy}
+
+# %% ../nbs/00_paper.ipynb #20b7f78b
+def recovery(accuracy: dict, # variant → accuracy, in any unit: a number, or an array of several seeds
+            ):               # 1: as good as the unpruned network
+    "The share of what pruning with a small rate costs that KESI wins back."
+    return (accuracy['kesi'] - accuracy['pfec']) / (accuracy['baseline'] - accuracy['pfec'])
 
 # %% ../nbs/00_paper.ipynb #d1f3c3ce
 class Rule(NamedTuple):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'LABELS', 'CLAIMS', 'COLORS', 'summary', 'paired', 'provenance', 'collect', 'table', 'differences',
-           'apart', 'nearest', 'beside_paper', 'figure', 'plot_run', 'plot_tradeoff', 'draw_kesi', 'to_markdown',
-           'write', 'homes']
+           'apart', 'nearest', 'beside_paper', 'figure', 'plot_run', 'plot_tradeoff', 'plot_seeds', 'draw_kesi',
+           'to_markdown', 'write', 'homes']
 
 # %% ../nbs/11_report.ipynb #2fbd7abf
 import dataclasses, json, math, subprocess
@@ -235,6 +235,18 @@ def plot_tradeoff(report: dict):
     ax.axhline(np.mean(at('baseline')[1]), color=COLORS['baseline'], ls=':', lw=1.2, label='unpruned')
     ax.set(xlabel='MACs of one image (millions)' + (', weights that are not zero' if r.method == 'weights' else ''), ylabel=f'{r.measured} accuracy (%)')
     ax.set_title('mean ± standard deviation over seeds', fontsize=9); ax.legend(fontsize=8)
+    return fig
+
+# %% ../nbs/11_report.ipynb #5556d32e
+def plot_seeds(report: dict):
+    "The accuracy of every seed and variant as a dot, the mean as a bar."
+    r, rows = paper.from_dict(report['recipe']), report['table']
+    fig, ax = figure(size=(8, 3))
+    for i, row in enumerate(rows):
+        values, color = np.sort(row['accuracy']['values']), COLORS[row['variant']]
+        ax.plot(i + np.linspace(-.15, .15, len(values)), values, 'o', color=color, ms=4, alpha=.8)
+        ax.hlines(values.mean(), i - .25, i + .25, color=color, lw=2)
+    ax.set_xticks(range(len(rows)), [LABELS[r.method][row['variant']] for row in rows]); ax.set_ylabel(f'{r.measured} accuracy (%)'); ax.set_title('every seed is a dot, the bar is the mean', fontsize=9)
     return fig
 
 # %% ../nbs/11_report.ipynb #d2442d38

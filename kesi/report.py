@@ -177,7 +177,7 @@ def beside_paper(data: str, reports) -> str: # Markdown
     said = f"{len(rows) - missing} of the paper's {len(rows)} lines on {data} have been run here" + ('; the others have not, for lack of the data or of the computing time.' if missing else '.')
     return '\n'.join([said, '', *lines])
 
-# %% ../nbs/11_report.ipynb #7cb595f5
+# %% ../nbs/11_report.ipynb #27e04ca3
 COLORS = {'baseline': '#6b6b6b', 'pfec': '#d1495b', 'one-cycle': '#3b6fb6', 'ensemble': '#e0a030', 'kesi': '#2a9d6f'}
 
 class _Picture(Figure):
@@ -211,8 +211,9 @@ def plot_run(report: dict, seed: int = 0): # index among the finished seeds
     base = stages['baseline']['history']                 # empty where the network came trained
     _course(top, base, 'lr', 0, color=COLORS['baseline'], lw=1.3); _course(bottom, base, 'test_accuracy', 0, 100, color=COLORS['baseline'], lw=1.3, label=labels['baseline'])
     bottom.plot(len(base), 100 * stages['baseline']['accuracy'], 'o', color=COLORS['baseline'], ms=5)
-    low = min(100 * s['accuracy'] for s in stages.values())
-    bottom.set(xlabel='epoch', ylabel=f'{r.measured} accuracy (%)', ylim=(max(0, low - 3 * max(1, 100 - low) / 2), 100.2)); top.set(yscale='log', ylabel='learning rate')
+    ends = [100 * s['accuracy'] for s in stages.values()]
+    low, high = min(ends), max(ends); span = max(1, high - low)
+    bottom.set(xlabel='epoch', ylabel=f'{r.measured} accuracy (%)', ylim=(max(0, low - 1.5 * span), min(100.2, high + .15 * span))); top.set(yscale='log', ylabel='learning rate')
     fig.legend(*bottom.get_legend_handles_labels(), ncols=4, fontsize=8, loc='outside upper center')
     return fig
 

@@ -238,16 +238,18 @@ def plot_tradeoff(report: dict):
     ax.set_title('mean ± standard deviation over seeds', fontsize=9); ax.legend(fontsize=8)
     return fig
 
-# %% ../nbs/11_report.ipynb #5556d32e
+# %% ../nbs/11_report.ipynb #33f936e7
 def plot_seeds(report: dict):
-    "The accuracy of every seed and variant as a dot, the mean as a bar."
+    "The accuracy of every seed and variant as a dot, the mean as a bar; a line joins the dots of one seed."
     r, rows = paper.from_dict(report['recipe']), report['table']
     fig, ax = figure(size=(8, 3))
+    values = np.array([row['accuracy']['values'] for row in rows])                # variants × seeds
+    beside = np.linspace(-.15, .15, values.shape[1]) if values.shape[1] > 1 else np.zeros(1)
+    for dx, y in zip(beside, values.T): ax.plot(np.arange(len(rows)) + dx, y, color='#cccccc', lw=.8, zorder=0)
     for i, row in enumerate(rows):
-        values, color = np.sort(row['accuracy']['values']), COLORS[row['variant']]
-        ax.plot(i + np.linspace(-.15, .15, len(values)), values, 'o', color=color, ms=4, alpha=.8)
-        ax.hlines(values.mean(), i - .25, i + .25, color=color, lw=2)
-    ax.set_xticks(range(len(rows)), [LABELS[r.method][row['variant']] for row in rows]); ax.set_ylabel(f'{r.measured} accuracy (%)'); ax.set_title('every seed is a dot, the bar is the mean', fontsize=9)
+        ax.plot(i + beside, values[i], 'o', color=COLORS[row['variant']], ms=4, alpha=.8)
+        ax.hlines(values[i].mean(), i - .25, i + .25, color=COLORS[row['variant']], lw=2)
+    ax.set_xticks(range(len(rows)), [LABELS[r.method][row['variant']] for row in rows]); ax.set_ylabel(f'{r.measured} accuracy (%)'); ax.set_title('every seed is a dot, a thin line joins its variants; the bar is the mean', fontsize=9)
     return fig
 
 # %% ../nbs/11_report.ipynb #d2442d38

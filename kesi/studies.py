@@ -107,13 +107,12 @@ def teachers_stages(r, seed, data, rt):
 
 STUDIES['teachers'] = Study('Who should teach, and how?', teachers_stages, lambda g: {'ensemble': snapshots(g)})
 
-# %% ../nbs/17_studies.ipynb #bd351b54
+# %% ../nbs/17_studies.ipynb #bb26fc70
 def student_stages(r, seed, data, rt):
     g = graph(replace(r, variants=('kesi',)), seed, data, rt)
     kesi = g['kesi']
     return {**g, 'no teacher': Retrain(kesi.student, kesi.training, seed, r.iterations + 1, kesi.on),
             'unpruned, taught': replace(kesi, student=g['baseline']),
-            'temperature 2': replace(kesi, temperature=2.),
             'twice as long': replace(kesi, training=replace(kesi.training, epochs=2 * kesi.training.epochs))}
 
 def student_ensembles(g): return {'ensemble': snapshots(g)}

@@ -156,11 +156,12 @@ def published(network: str,             # name of a network
     "The paper's lines for one network and dataset."
     return {r.variant: r for r in TABLE1 + TABLE2 if r.network == network and r.method == method and data in r.accuracy}
 
-# %% ../nbs/00_paper.ipynb #20b7f78b
+# %% ../nbs/00_paper.ipynb #4970c1bb
 def recovery(accuracy: dict, # variant → accuracy, in any unit: a number, or an array of several seeds
-            ):               # 1: as good as the unpruned network
-    "The share of what pruning with a small rate costs that KESI wins back."
-    return (accuracy['kesi'] - accuracy['pfec']) / (accuracy['baseline'] - accuracy['pfec'])
+             of='kesi',      # the variant that wins back
+            ):               # 1: as good as the unpruned network; means nothing where pruning costs nothing
+    "The share of what pruning with a small rate costs that a variant wins back."
+    return (accuracy[of] - accuracy['pfec']) / (accuracy['baseline'] - accuracy['pfec'])
 
 # %% ../nbs/00_paper.ipynb #d1f3c3ce
 class Rule(NamedTuple):

@@ -177,7 +177,7 @@ def beside_paper(data: str, reports) -> str: # Markdown
     said = f"{len(rows) - missing} of the paper's {len(rows)} lines on {data} have been run here" + ('; the others have not, for lack of the data or of the computing time.' if missing else '.')
     return '\n'.join([said, '', *lines])
 
-# %% ../nbs/11_report.ipynb #27e04ca3
+# %% ../nbs/11_report.ipynb #7cb595f5
 COLORS = {'baseline': '#6b6b6b', 'pfec': '#d1495b', 'one-cycle': '#3b6fb6', 'ensemble': '#e0a030', 'kesi': '#2a9d6f'}
 
 class _Picture(Figure):

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['STUDIES', 'PEAKS', 'FARTHEST', 'QUALITY', 'COLORS', 'Fresh', 'Choose', 'chain', 'snapshots', 'named', 'Study',
-           'teachers_stages', 'student_stages', 'student_ensembles', 'fidelity', 'height_stages', 'height_ensembles',
-           'logits', 'growing', 'pairs', 'diversity_ensembles', 'rivals_stages', 'rivals_ensembles', 'far_stages',
-           'far_ensembles', 'one_cut', 'beyond_stages', 'lift', 'mix', 'remeasured', 'along', 'direction', 'plane',
-           'kept', 'landscape', 'cost_of_training', 'measured', 'file_name', 'run_study', 'kesi_study', 'found',
-           'values', 'interval', 'pm', 'surviving', 'claims', 'compared', 'about', 'each', 'mean_bar', 'curve', 'frame',
-           'judged']
+           'teachers_stages', 'student_stages', 'fidelity', 'height_stages', 'height_ensembles', 'logits', 'growing',
+           'pairs', 'diversity_ensembles', 'rivals_stages', 'rivals_ensembles', 'far_stages', 'far_ensembles',
+           'one_cut', 'beyond_stages', 'lift', 'mix', 'remeasured', 'along', 'direction', 'plane', 'kept', 'landscape',
+           'cost_of_training', 'measured', 'file_name', 'run_study', 'kesi_study', 'found', 'values', 'interval', 'pm',
+           'surviving', 'claims', 'compared', 'about', 'each', 'mean_bar', 'curve', 'frame', 'judged']
 
 # %% ../nbs/17_studies.ipynb #cb91483f
 import copy, dataclasses, json
@@ -107,7 +106,7 @@ def teachers_stages(r, seed, data, rt):
 
 STUDIES['teachers'] = Study('Who should teach, and how?', teachers_stages, lambda g: {'ensemble': snapshots(g)})
 
-# %% ../nbs/17_studies.ipynb #bb26fc70
+# %% ../nbs/17_studies.ipynb #75009be6
 def student_stages(r, seed, data, rt):
     g = graph(replace(r, variants=('kesi',)), seed, data, rt)
     kesi = g['kesi']
@@ -115,14 +114,12 @@ def student_stages(r, seed, data, rt):
             'unpruned, taught': replace(kesi, student=g['baseline']),
             'twice as long': replace(kesi, training=replace(kesi.training, epochs=2 * kesi.training.epochs))}
 
-def student_ensembles(g): return {'ensemble': snapshots(g)}
-
 def fidelity(store, g, data, rt):
     "Share of test images to which each network gives the ensemble's answer."
     together = mean_probabilities([logits(store, g[n])[0] for n in snapshots(g)]).log()
     return {'fidelity': {n: round(1 - disagreement([logits(store, s)[0], together])[0, 1].item(), 6) for n, s in g.items()}}
 
-STUDIES['student'] = Study('What holds the student back: its size, its time, or its lessons?', student_stages, student_ensembles, fidelity)
+STUDIES['student'] = Study('What holds the student back: its size, its time, or its lessons?', student_stages, lambda g: {'ensemble': snapshots(g)}, fidelity)
 
 # %% ../nbs/17_studies.ipynb #55f0853a
 PEAKS = (.001, .003, .01, .03, .1)

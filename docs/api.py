@@ -57,14 +57,17 @@ def entries(notebook: Path,  # a chapter
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_'):
                 yield target or default, _entry(source, node, 2, where, _patched(node) if isinstance(node, ast.FunctionDef) else '')
 
-def pages(nbs: Path) -> dict[str, str]: # file name → Markdown
+def pages(nbs: Path,
+          chapters,        # names of the notebooks, in reading order
+         ) -> dict[str, str]: # file name → Markdown
     "One page per module, and the page that lists them."
     modules, made_by, says = {}, {}, {}
-    for notebook in sorted(nbs.glob('[0-9]*.ipynb')):
+    for chapter in chapters:
+        notebook = nbs/f'{chapter}.ipynb'
         first = nbformat.read(notebook, 4).cells[0].source
-        for module, text in entries(notebook, f'../{notebook.name}'):
+        for module, text in entries(notebook, f'../{chapter}.ipynb'):
             modules.setdefault(module, []).append(text)
-            if module not in says: says[module], made_by[module] = (re.search(r'^> (.+)', first, re.M) or [None, ''])[1], notebook.name
+            if module not in says: says[module], made_by[module] = (re.search(r'^> (.+)', first, re.M) or [None, ''])[1], f'{chapter}.ipynb'
     listing = '\n'.join(f'| [`kesi.{m}`]({m}.md) | {says[m]} |' for m in modules)
     toc = '\n'.join(modules)
     found = {'index.md': '# API\n\nAll public names, module by module, in the order in which they build on each other. Signatures carry what is worth saying about each parameter: shape, unit, range. '

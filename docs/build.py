@@ -8,16 +8,11 @@ from pathlib import Path
 import nbformat
 from sphinx.cmd.build import main as sphinx
 import api
+from contents import sections
 from nbdev_reader import read
 
 HERE = Path(__file__).resolve().parent
 ROOT, NBS, SOURCE, HTML = HERE.parent, HERE.parent/'nbs', HERE.parent/'_docs'/'source', HERE.parent/'_docs'/'html'
-
-def sections() -> dict[str, list[str]]: # caption → pages
-    "The reading order: the chapters by their number, then what is built on them."
-    names = lambda pattern: sorted(p.relative_to(NBS).with_suffix('').as_posix() for p in NBS.glob(pattern) if '.ipynb_checkpoints' not in p.parts)
-    return {'Tutorial': names('[0-9]*.ipynb'), 'Reproduction': names('reproduce/**/*.ipynb'), 'Your own network': names('tutorials/**/*.ipynb'),
-            'Reference': [*names('glossary.*'), *names('references.*'), 'api/index']}
 
 def _entry(page): # chapters are shown with their number
     if not re.match(r'\d', page): return page
@@ -26,7 +21,7 @@ def _entry(page): # chapters are shown with their number
 
 def contents() -> str: # Markdown
     "The tables of contents, for the end of the landing page; the side bar shows them."
-    return '\n\n'.join(f'```{{toctree}}\n:hidden:\n:caption: {caption}\n' + '\n'.join(map(_entry, pages)) + '\n```' for caption, pages in sections().items() if pages)
+    return '\n\n'.join(f'```{{toctree}}\n:hidden:\n:caption: {caption}\n' + '\n'.join(map(_entry, pages)) + '\n```' for caption, pages in sections(NBS).items())
 
 def _repository():
     config = ConfigParser(delimiters=['='])
@@ -49,7 +44,8 @@ def _write(path, content):
 
 def lay_out():
     "Write `_docs/source`."
-    wanted = {f'api/{name}': text for name, text in api.pages(NBS).items()}
+    notebooks = [page for pages in sections(NBS).values() for page in pages if (NBS/f'{page}.ipynb').exists()]
+    wanted = {f'api/{name}': text for name, text in api.pages(NBS, notebooks).items()}
     for path in sorted(p for p in NBS.rglob('*') if p.is_file() and not any(part.startswith('.') for part in p.relative_to(NBS).parts)):
         name = path.relative_to(NBS).as_posix()
         if path.suffix == '.ipynb':

@@ -55,7 +55,7 @@ def test_the_chain_of_pages_is_complete(site):
     assert set(chain) == set(around) - {'search.html', 'genindex.html'} and len(chain) == len(set(chain))
     for a, b in zip(chain, chain[1:]): assert around[b]['prev'] == a
     chapters = [p for p in chain if re.match(r'\d\d_', p)]
-    assert chapters == sorted(chapters) and chapters[0] == '00_paper.html'
+    assert chapters == sorted(chapters) and chapters[0] == '01_paper.html'
 
 def test_every_exported_name_is_in_the_api_index(site):
     for module in (ROOT/'kesi').glob('[a-z]*.py'):
@@ -147,9 +147,9 @@ def test_search_and_folded_solutions(site, browser):
     find = lambda q: browser.find_elements('css selector', q)
     browser.get((site/'search.html').as_uri() + '?q=temperature')
     links = until(lambda: {e.get_attribute('href') for e in find('#search-results li a')}, what='search results')
-    until(lambda: any('09_kd_loss.html' in e.get_attribute('href') for e in find('#search-results li a')), what='the chapter on distillation')
+    until(lambda: any('07_kd_loss.html' in e.get_attribute('href') for e in find('#search-results li a')), what='the chapter on distillation')
     assert all(u.startswith('file:') for u in links)
-    browser.get((site/'00_paper.html').as_uri())
+    browser.get((site/'01_paper.html').as_uri())
     fold = find('details.hide')[-1]
     code = fold.find_element('css selector', '.highlight')
     assert fold.find_element('css selector', 'summary').text.strip() and not code.is_displayed()
@@ -196,7 +196,7 @@ def run_all(driver, address, name, seconds):
 
 @browser_test
 def test_a_chapter_runs_in_jupyterlab(lab, browser):
-    cells = [c for c in run_all(browser, lab[0], '00_paper.ipynb', 300) if c['cell_type'] == 'code' and ''.join(c['source']).strip()]
+    cells = [c for c in run_all(browser, lab[0], '01_paper.ipynb', 300) if c['cell_type'] == 'code' and ''.join(c['source']).strip()]
     assert len(cells) > 10 and all(c['execution_count'] for c in cells)
     assert [o for c in cells for o in c['outputs'] if o['output_type'] == 'error'] == []
 
@@ -205,7 +205,7 @@ def test_the_playground_moves(lab, browser):
     pytest.importorskip('ipywidgets', reason='needs ipywidgets')
     from selenium.webdriver.common.keys import Keys
     address, folder = lab
-    cells = run_all(browser, address, 'tutorials/playground.ipynb', 300)
+    cells = run_all(browser, address, 'use/playground.ipynb', 300)
     assert [o for c in cells if c['cell_type'] == 'code' for o in c['outputs'] if o['output_type'] == 'error'] == []
     mine = lambda: browser.execute_script("return [...document.querySelectorAll('.jupyter-widgets .kesi-costs')].map(e => e.rows[3].innerText).join('')")
     before = until(mine, 120, 'the table of costs')
@@ -217,7 +217,7 @@ def test_the_playground_moves(lab, browser):
     assert number(after) < number(before)
     button = browser.find_element('css selector', '.jupyter-widgets.jupyter-button')
     browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", button); button.click()
-    plan = folder/'tutorials'/'plan.json'
+    plan = folder/'use'/'plan.json'
     until(plan.exists, 120, 'the recipe')
     short = ['epochs=1', 'retrain_epochs=1', 'iterations=1', 'seeds=1', 'variants=pfec']
     done = python('-c', 'import sys; from kesi.cli import kesi_run; sys.exit(kesi_run())', '--recipe', plan, '--out', folder/'runs', *(a for s in short for a in ('--set', s)), env={**os.environ, 'PYTHONPATH': str(ROOT)})

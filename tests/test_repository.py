@@ -43,21 +43,25 @@ def test_package_is_in_step_with_notebooks(tmp_path):
         assert (tmp_path/'kesi'/p.name).read_text() == p.read_text(), f'{p.name} is not what the notebooks export; run nbdev_export'
 
 
-def order():
-    "Module → number of the first notebook that exports to it."
-    found = {}
-    for p in NOTEBOOKS:
-        for c in code_cells(json.loads(p.read_text())):
-            for name in re.findall(r'^#\|\s*default_exp\s+(\w+)', source(c), re.M): found[name] = p.stem
-    return found
+STAIRCASE = ('paper', 'runtime', 'data', 'models', 'macs', 'pruning', 'schedules', 'training', 'ensemble', 'distill',
+             'store', 'pipeline', 'report', 'zoo', 'anynet', 'scale', 'deploy', 'bench', 'cli', 'studies')
 
 
-def test_modules_import_only_lower_numbers():
-    numbers = order()
-    for name, number in numbers.items():
-        top = re.findall(r'^from (?:kesi)?\.(\w*) import|^from \.(\w+) import|^from kesi import (.+)$', (ROOT/'kesi'/f'{name}.py').read_text(), re.M)
-        for module in (m for groups in top for g in groups for m in re.split(r'[,\s]+', g) if m in numbers):
-            assert numbers[module] < number, f'{name} ({number}) imports {module} ({numbers[module]})'
+def modules():
+    "The modules that the notebooks make, from the bottom of the staircase to its top."
+    made = [name for p in NOTEBOOKS for c in code_cells(json.loads(p.read_text()))
+            for name in re.findall(r'^#\|\s*default_exp\s+(\w+)', source(c), re.M)]
+    assert len(made) == len(set(made)) and set(made) <= set(STAIRCASE)
+    return sorted(made, key=STAIRCASE.index)
+
+
+def test_modules_import_only_what_stands_below_them():
+    found = modules()
+    at_top = r'^from (?:kesi)?\.(\w*) import|^from \.(\w+) import|^from (?:kesi|\.) import (.+)$'
+    for i, name in enumerate(found):
+        imports = re.findall(at_top, (ROOT/'kesi'/f'{name}.py').read_text(), re.M)
+        for module in re.findall(r'\w+', ' '.join(m for groups in imports for m in groups)):
+            assert module not in found[i:], f'{name} imports {module}, which stands above it'
 
 
 ALONE = '''
@@ -76,5 +80,5 @@ sys.exit(", ".join(failed + [n for n in sys.argv[1:] if n != "paper" and alone(n
 
 def test_exported_modules_stand_alone():
     "Every module imports without nbdev and without the others; `kesi.paper` without torch."
-    done = subprocess.run([sys.executable, '-W', 'error::SyntaxWarning', '-c', ALONE, *sorted(order())], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-W', 'error::SyntaxWarning', '-c', ALONE, *modules()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

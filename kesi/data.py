@@ -173,36 +173,56 @@ class Loader:
     def __init__(self,
                  data: Dataset,       # where mean, std, padding and mirroring come from
                  split: Split,        # the images to serve
-                 batch: int,          # images per batch; the last one may be smaller
+                 batch: int,          # images per batch; the last one may be another (`batches`)
                  rt: Runtime = Runtime()):
         self.data, self.split, self.batch, self.rt = data, split.to(rt.device), batch, rt
+        self.of_test = split is data.test
         self.normalise = normaliser(data, rt)
         self.whole = (lambda x: self.normalise(centre_view(x, data.view))) if data.view else self.normalise
 
-    def __len__(self): return math.ceil(len(self.split) / self.batch)
+    def __len__(self):
+        n = len(self.split)
+        return math.ceil(n / self.batch) - self._one_left(n)
+
     @property
     def images(self): return len(self.split)
 
+    def _one_left(self, n): return n > self.batch and n % self.batch == 1
+
+    def batches(self, t): # any tensor with a row for each image
+        "Cut into batches. A single image left over joins the batch before it: batch norm needs two."
+        parts = t.split(self.batch)
+        return (*parts[:-2], t[-self.batch - 1:]) if self._one_left(len(t)) else parts
+
     def __iter__(self):
         "The images as they are, in order."
-        for x, y in zip(self.split.images.split(self.batch), self.split.labels.split(self.batch)): yield self.whole(x), y
+        for x, y in zip(*map(self.batches, (self.split.images, self.split.labels))):
+            yield self.whole(x), y
 
     def _draw(self, g, n):
         "Random numbers for n images, and what makes a training batch of some images with their share of these."
+        mirror = lambda: (torch.rand(n, generator=g) < .5) & self.data.flip
         if side := self.data.view:
-            boxes, mirror = random_boxes(n, self.split.images.shape[-1], g), (torch.rand(n, generator=g) < .5) & self.data.flip
-            return (boxes, mirror), lambda x, boxes, mirror: resized_crop(x, boxes, mirror, side)
+            boxes = random_boxes(n, self.split.images.shape[-1], g)
+            return (boxes, mirror()), lambda x, *how: resized_crop(x, *how, side)
         high = 2 * self.data.pad + 1
         dy, dx = torch.randint(high, (n,), generator=g), torch.randint(high, (n,), generator=g)
-        return (dy, dx, (torch.rand(n, generator=g) < .5) & self.data.flip), lambda x, *how: crop_flip(x, *how, self.data.pad)
+        return (dy, dx, mirror()), lambda x, *how: crop_flip(x, *how, self.data.pad)
 
     def epoch(self, *seed):
         "One epoch of training: shuffled, cropped and mirrored, all drawn from the named seed."
         g, n = generator(*seed, 'images'), len(self.split)
         order = torch.randperm(n, generator=g)
         drawn, change = self._draw(g, n)
-        drawn = [t.to(self.rt.device).split(self.batch) for t in (order, *drawn)]
-        for i, *how in zip(*drawn): yield self.normalise(change(self.split.images[i], *how)), self.split.labels[i]
+        drawn = [self.batches(t.to(self.rt.device)) for t in (order, *drawn)]
+        for i, *how in zip(*drawn):
+            yield self.normalise(change(self.split.images[i], *how)), self.split.labels[i]
+
+    def view(self, *seed):
+        "One view of every image, drawn from the named seed: a function from image numbers to batches."
+        drawn, change = self._draw(generator(*seed, 'images'), len(self.split))
+        drawn = [t.to(self.rt.device) for t in drawn]
+        return lambda i: self.normalise(change(self.split.images[i], *(t[i] for t in drawn)))
 
 # %% ../nbs/engine/data.ipynb #741a8911
 def data_root(root=None) -> Path:

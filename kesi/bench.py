@@ -25,7 +25,8 @@ from .models import CifarResNet, Spec, build, widen_shortcut
 from .paper import UserError
 from .pruning import prune_filters
 from .runtime import Runtime, auto, describe, generator, has_bfloat16, write_json
-from .training import Training, _Padded, _epoch, cross_entropy, optimizer
+from .schedules import Training
+from .training import _Compiled, _Padded, _epoch, cross_entropy, optimizer
 
 # %% ../nbs/engine/bench.ipynb #528ff73b
 def clock(rt: Runtime) -> str: # `wall` or `cpu`
@@ -121,9 +122,9 @@ def ours(net, data: Dataset, batch: int, rt: Runtime, objective=cross_entropy, k
     "Our epoch, as a function that returns mean loss and accuracy."
     padded = _Padded(net, rt)
     opt, loader = optimizer(Training(1, batch, .01 if kind == 'sgd' else 1e-3, optimizer=kind, weight_decay=1e-4 if kind == 'sgd' else 0.), padded.net), loader or Loader(data, data.train, batch, rt)
-    run = torch.compile(padded.net) if rt.compile else padded.net
+    run = _Compiled(padded.net) if rt.compile else padded.net
     rates = [(opt.defaults['lr'], .9)] * math.ceil(len(data.train) / batch)
-    return lambda: _epoch(run, loader, objective, opt, [], rates, (0, 'bench'), rt).tolist()
+    return lambda: _epoch(run, loader, objective, opt, ([], []), rates, (0, 'bench'), rt).tolist()
 
 def six_targets(teachers: Teachers):
     "An objective for `fit`: one KL divergence per teacher."

@@ -5,7 +5,7 @@ from kesi import cli, training
 from kesi.data import Dataset, Loader, Split
 from kesi.models import Spec, build
 from kesi.runtime import Runtime, launched
-from kesi.training import Training
+from kesi.schedules import Training
 
 def runtime(**kw): return Runtime(threads=1, processes=launched(), **kw)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from .paper import UserError
 from .runtime import KesiError, Runtime, generator, locked
 
@@ -167,6 +168,13 @@ def normaliser(data: Dataset, rt: Runtime):
     form = torch.channels_last if rt.channels_last else torch.contiguous_format
     return lambda images: torch.addcmul(shift, images.to(rt.dtype), scale).contiguous(memory_format=form)
 
+# %% ../nbs/engine/data.ipynb #c05b0004
+def _cut(t, batch):
+    "Cut into batches. A single image left over joins the batch before it: batch norm needs two."
+    starts = list(range(0, len(t), batch))
+    if len(t) > batch and len(t) % batch == 1: del starts[-1]
+    return [t[a:b] for a, b in zip(starts, [*starts[1:], len(t)])]
+
 # %% ../nbs/engine/data.ipynb #b089586f
 class Loader:
     "Batches of normalised images on the device."
@@ -180,19 +188,13 @@ class Loader:
         self.normalise = normaliser(data, rt)
         self.whole = (lambda x: self.normalise(centre_view(x, data.view))) if data.view else self.normalise
 
-    def __len__(self):
-        n = len(self.split)
-        return math.ceil(n / self.batch) - self._one_left(n)
-
+    def __len__(self): return len(_cut(range(len(self.split)), self.batch))
     @property
     def images(self): return len(self.split)
 
-    def _one_left(self, n): return n > self.batch and n % self.batch == 1
-
-    def batches(self, t): # any tensor with a row for each image
-        "Cut into batches. A single image left over joins the batch before it: batch norm needs two."
-        parts = t.split(self.batch)
-        return (*parts[:-2], t[-self.batch - 1:]) if self._one_left(len(t)) else parts
+    def batches(self, t): # anything with an entry for each image
+        "Cut into batches."
+        return _cut(t, self.batch)
 
     def __iter__(self):
         "The images as they are, in order."
@@ -209,20 +211,24 @@ class Loader:
         dy, dx = torch.randint(high, (n,), generator=g), torch.randint(high, (n,), generator=g)
         return (dy, dx, mirror()), lambda x, *how: crop_flip(x, *how, self.data.pad)
 
-    def epoch(self, *seed):
-        "One epoch of training: shuffled, cropped and mirrored, all drawn from the named seed."
-        g, n = generator(*seed, 'images'), len(self.split)
-        order = torch.randperm(n, generator=g)
-        drawn, change = self._draw(g, n)
-        drawn = [self.batches(t.to(self.rt.device)) for t in (order, *drawn)]
-        for i, *how in zip(*drawn):
-            yield self.normalise(change(self.split.images[i], *how)), self.split.labels[i]
 
-    def view(self, *seed):
-        "One view of every image, drawn from the named seed: a function from image numbers to batches."
-        drawn, change = self._draw(generator(*seed, 'images'), len(self.split))
-        drawn = [t.to(self.rt.device) for t in drawn]
-        return lambda i: self.normalise(change(self.split.images[i], *(t[i] for t in drawn)))
+# %% ../nbs/engine/data.ipynb #c05b0003
+@patch
+def epoch(self: Loader, *seed):
+    "One epoch of training: shuffled, cropped and mirrored, all drawn from the named seed."
+    g, n = generator(*seed, 'images'), len(self.split)
+    order = torch.randperm(n, generator=g)
+    drawn, change = self._draw(g, n)
+    drawn = [self.batches(t.to(self.rt.device)) for t in (order, *drawn)]
+    for i, *how in zip(*drawn):
+        yield self.normalise(change(self.split.images[i], *how)), self.split.labels[i]
+
+@patch
+def view(self: Loader, *seed):
+    "One view of every image, drawn from the named seed: a function from image numbers to batches."
+    drawn, change = self._draw(generator(*seed, 'images'), len(self.split))
+    drawn = [t.to(self.rt.device) for t in drawn]
+    return lambda i: self.normalise(change(self.split.images[i], *(t[i] for t in drawn)))
 
 # %% ../nbs/engine/data.ipynb #741a8911
 def data_root(root=None) -> Path:

@@ -4,7 +4,7 @@ from pathlib import Path
 STORY, ENGINE, USE, REPRODUCTION = 'The story', 'Engine room', 'Use it', 'Reproduction'
 
 _ENGINE = ('runtime', 'data', 'downloads', 'other_networks', 'authors_files', 'sensitivity', 'training',
-           'folding', 'store', 'report', 'scale', 'bench', 'cli', 'studies')
+           'folding', 'store', 'report', 'scale', 'bench', 'cli', 'studies', 'studies_controls')
 _USE = ('your_own_network', 'should_i_use_it', 'compress', 'any_network', 'deploy', 'zoo', 'playground', 'slurm')
 _REPRODUCTION = ('cifar10', 'digits', 'fashion_mnist', 'counts', 'diversity', 'landscape', 'restart_height',
                  'teachers', 'views', 'how_far', 'speed', 'cifar', 'tiny_imagenet', 'beyond')

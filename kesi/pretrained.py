@@ -8,12 +8,12 @@ __all__ = ['FOLDER', 'Listing', 'zoo', 'check', 'check_table', 'shelve', 'kesi_c
 # %% ../nbs/use/zoo.ipynb #6b697480
 import json
 from pathlib import Path
-import safetensors.torch, torch
+import safetensors.torch
 from . import paper
 from .cli import _data_option, _Parser, guarded
-from .data import Loader, load as load_data
+from .data import Loader
 from .ensemble import mean_probabilities
-from .models import Network, load
+from .models import load
 from .paper import UserError
 from .pipeline import load_for, read_manifest
 from .report import provenance

@@ -213,19 +213,30 @@ class Loader:
     def __init__(self,
                  data: Dataset,       # where mean, std, padding and mirroring come from
                  split: Split,        # the images to serve
-                 batch: int,          # images per batch; the last one may be smaller
+                 batch: int,          # images per batch; the last one may be another (`batches`)
                  rt: Runtime = Runtime()):
         self.data, self.split, self.batch, self.rt = data, split.to(rt.device), batch, rt
         self.normalise, view = normaliser(data, rt), data.view
         self.whole = (lambda x: self.normalise(centre_view(x, view))) if view else self.normalise
+        self.of_test = split is data.test
 
-    def __len__(self): return math.ceil(len(self.split) / self.batch)
+    def __len__(self):
+        n = len(self.split)
+        return math.ceil(n / self.batch) - self._one_left(n)
+
     @property
     def images(self): return len(self.split)
 
+    def _one_left(self, n): return n > self.batch and n % self.batch == 1
+
+    def batches(self, t): # any tensor with a row for each image
+        "Cut into batches. A single image left over joins the batch before it: batch norm needs two."
+        parts = t.split(self.batch)
+        return (*parts[:-2], t[-self.batch - 1:]) if self._one_left(len(t)) else parts
+
     def __iter__(self):
         "The images as they are, in order."
-        for x, y in zip(*(t.split(self.batch) for t in (self.split.images, self.split.labels))):
+        for x, y in zip(*map(self.batches, (self.split.images, self.split.labels))):
             yield self.whole(x), y
 
     def epoch(self, *seed):
@@ -233,9 +244,15 @@ class Loader:
         g, n = generator(*seed, 'images'), len(self.split)
         order = torch.randperm(n, generator=g)
         drawn, change = _draw(self.data, n, g)
-        drawn = [t.to(self.rt.device).split(self.batch) for t in (order, *drawn)]
+        drawn = [self.batches(t.to(self.rt.device)) for t in (order, *drawn)]
         for i, *how in zip(*drawn):
             yield self.normalise(change(self.split.images[i], *how)), self.split.labels[i]
+
+    def view(self, *seed):
+        "One view of every image, drawn from the named seed: a function from image numbers to batches."
+        drawn, change = _draw(self.data, len(self.split), generator(*seed, 'images'))
+        drawn = [t.to(self.rt.device) for t in drawn]
+        return lambda i: self.normalise(change(self.split.images[i], *(t[i] for t in drawn)))
 
 # %% ../nbs/engine/data.ipynb #0da59887
 def hold_out(data: Dataset,

@@ -9,7 +9,7 @@ __all__ = ['STUDIES', 'PEAKS', 'FARTHEST', 'ENOUGH', 'QUALITY', 'COLORS', 'Fresh
            'far_ensembles', 'one_cut', 'beyond_stages', 'lift', 'mix', 'remeasured', 'along', 'direction', 'plane',
            'kept', 'landscape', 'cost_of_training', 'measured', 'file_name', 'run_study', 'kesi_study', 'found',
            'values', 'pm', 'markdown_table', 'interval', 'verdict', 'spread', 'gap', 'versus', 'surviving', 'claims',
-           'compared', 'about', 'each', 'mean_bar', 'curve', 'frame', 'judged']
+           'compared', 'about', 'conclusion', 'each', 'mean_bar', 'curve', 'frame', 'judged']
 
 # %% ../nbs/engine/studies.ipynb #cb91483f
 import copy, dataclasses, json
@@ -482,6 +482,17 @@ def about(result: dict) -> str: # Markdown
             f'{p["seconds"] / 60:.0f} minutes of computing in all, shared stages included '
             f'({"; ".join(map(described, p["machines"]))}). To compute it anew: '
             f'`kesi_study {result["study"]} --recipe {r.name} --seeds {r.seeds}`.')
+
+# %% ../nbs/engine/studies.ipynb #d0b1e005
+def conclusion(asked: str,    # the question
+               found: list,   # what was found, one sentence or a few each
+               advice: str,   # what it means for somebody who wants a small network
+               left_open: str # what these runs cannot say
+              ) -> str:       # Markdown
+    "How every study ends."
+    points = '\n'.join(f'- {point}' for point in found)
+    return (f'**Asked.** {asked}\n\n**Found.**\n\n{points}\n\n'
+            f'**If you want a small network:** {advice}\n\n**Open.** {left_open}')
 
 # %% ../nbs/engine/studies.ipynb #b471d05e
 def each(name: str, *shows, # functions of one result → Markdown, a figure or a list of these

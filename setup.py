@@ -14,7 +14,8 @@ setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     author=cfg['author'], author_email=cfg['author_email'], license='Apache-2.0',
     long_description=Path('README.md').read_text(encoding='utf-8') if Path('README.md').exists() else '', long_description_content_type='text/markdown',
-    packages=find_packages(include=['kesi', 'kesi.*']), include_package_data=True, zip_safe=False,
+    packages=find_packages(include=['kesi', 'kesi.*']), zip_safe=False,
+    package_data={'kesi': ['networks/*/*', 'order-*.safetensors']},   # networks, the official order of datasets
     python_requires='>=' + cfg['min_python'], install_requires=listed('requirements'), extras_require=extras,
     entry_points={'console_scripts': cfg.get('console_scripts', '').split('\n')},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers', 'Intended Audience :: Science/Research',

@@ -1,6 +1,6 @@
 __version__ = "0.1.0"
 
-_OFFERED = {'compress': 'anynet', 'save': 'anynet', 'load': 'anynet', 'export': 'deploy', 'share': 'deploy'}
+_OFFERED = {'compress': 'anynet', 'save': 'anynet', 'load': 'anynet', 'export': 'deploy', 'share': 'deploy', 'zoo': 'pretrained'}
 
 def __getattr__(name):
     "`kesi.compress` and its kin are imported when they are first used, so that `import kesi.paper` stays light."

@@ -8,6 +8,8 @@ __all__ = ['NETWORKS', 'TABLE1', 'TABLE2', 'VARIANTS', 'RECIPES', 'UserError', '
            'from_dict', 'from_file', 'with_settings', 'recipe']
 
 # %% ../nbs/01_paper.ipynb #8a8ae0a3
+#| code-fold: true
+#| code-summary: "Imports"
 import dataclasses, json, math, re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,25 +17,34 @@ from typing import Callable, NamedTuple
 
 # %% ../nbs/01_paper.ipynb #49eab28f
 class UserError(ValueError):
-    "Something the caller gave is not allowed; the message names what was given and what is allowed."
+    "Something the caller gave is not allowed; the message names it, and what is allowed."
 
 # %% ../nbs/01_paper.ipynb #46d13bc9
+#| code-fold: true
+#| code-summary: "The names of networks"
 NETWORKS = ('resnet20', 'resnet32', 'resnet44', 'resnet56', 'resnet110', 'preresnet164',
             'wrn_16_8', 'wrn_28_10', 'vgg16', 'resnet18', 'resnet34')
 _FIXED = {'vgg16': ((2, 2, 3, 3, 3), (64, 128, 256, 512, 512)),
           'resnet18': ((2, 2, 2, 2), (64, 128, 256, 512)),
           'resnet34': ((3, 4, 6, 3), (64, 128, 256, 512))}
-_FAMILIES = (('resnet', r'resnet(\d+)', 6, 2), ('preresnet', r'preresnet(\d+)', 9, 2), ('wrn', r'wrn_(\d+)_(\d+)', 6, 4))
+_FAMILIES = {'resnet': (r'resnet(\d+)', 6, 2),          # pattern, layers for one more block
+             'preresnet': (r'preresnet(\d+)', 9, 2),    # in each network stage, other layers
+             'wrn': (r'wrn_(\d+)_(\d+)', 6, 4)}
+
+def _is_of(arch, pattern, per, extra):
+    "Does the name fit the pattern, and the depth the formula?"
+    m = re.fullmatch(pattern, str(arch))
+    if not m or min(map(int, m.groups())) < 1: return False
+    return int(m[1]) > extra and (int(m[1]) - extra) % per == 0
 
 def family(arch: str, # name of a network, e.g. `resnet56`
           ) -> str:   # `resnet`, `preresnet`, `wrn`, `vgg` or `imagenet` (ResNet-18 and -34)
     "The family of networks that `arch` belongs to."
     if arch in _FIXED: return 'vgg' if arch == 'vgg16' else 'imagenet'
-    for name, pattern, per, extra in _FAMILIES:
-        m = re.fullmatch(pattern, str(arch))
-        if m and int(m[1]) > extra and (int(m[1]) - extra) % per == 0 and all(int(g) > 0 for g in m.groups()): return name
-    raise UserError(f'unknown network {arch!r}; allowed are {", ".join(NETWORKS)}, and any other depth of '
-                    'resnet<6n+2>, preresnet<9n+2>, wrn_<6n+4>_<factor>')
+    for name, facts in _FAMILIES.items():
+        if _is_of(arch, *facts): return name
+    raise UserError(f'unknown network {arch!r}; allowed are {", ".join(NETWORKS)}, '
+                    'and any other depth of resnet<6n+2>, preresnet<9n+2>, wrn_<6n+4>_<factor>')
 
 # %% ../nbs/01_paper.ipynb #ccd27165
 def stages(arch: str,            # name of a network
@@ -41,20 +52,23 @@ def stages(arch: str,            # name of a network
     "The number of prunable widths in each network stage of `arch`."
     kind = family(arch)
     if arch in _FIXED: return _FIXED[arch][0]
-    _, pattern, per, extra = next(f for f in _FAMILIES if f[0] == kind)
+    pattern, per, extra = _FAMILIES[kind]
     return ((int(re.fullmatch(pattern, arch)[1]) - extra) // per,) * 3
 
 def full_widths(arch: str,            # name of a network
                ) -> tuple[int, ...]:  # filters, one number per prunable width, in forward order
     "The prunable widths of the unpruned network."
-    if arch in _FIXED: base = _FIXED[arch][1]
-    else: base = tuple(w * (int(arch.split('_')[2]) if family(arch) == 'wrn' else 1) for w in (16, 32, 64))
+    factor = int(arch.split('_')[2]) if family(arch) == 'wrn' else 1
+    base = _FIXED[arch][1] if arch in _FIXED else (16 * factor, 32 * factor, 64 * factor)
     return tuple(w for n, w in zip(stages(arch), base) for _ in range(n))
 
 # %% ../nbs/01_paper.ipynb #c53dd191
-_STAGE_RATES = {'resnet': (.1, .2, .3), 'preresnet': (.1, .2, .3), 'wrn': (.1, .2, .3),
-                'vgg': (0., 0., 0., .25, .25), 'imagenet': (.1, .1, .2, .3)}
-_SPARED = {'resnet56': (7, 9, 18, 26), 'resnet110': (17, 18, 36), 'preresnet164': (17, 18, 36)}
+#| code-fold: true
+#| code-summary: "expand: one rate, one per network stage, or one per width"
+def _check_rate(r):
+    number = isinstance(r, (int, float)) and not isinstance(r, bool)
+    if not number or not 0 <= r < 1:
+        raise UserError(f'a pruning rate must be a number from 0 to below 1, got {r!r}')
 
 def expand(arch: str, # name of a network
            rates,     # one rate for all, one per network stage, or one per width; each in [0, 1)
@@ -62,13 +76,18 @@ def expand(arch: str, # name of a network
     "Spell `rates` out, one per prunable width of `arch`."
     per_stage = stages(arch)
     rates = (rates,) if isinstance(rates, (int, float)) else tuple(rates)
-    for r in rates:
-        if isinstance(r, bool) or not isinstance(r, (int, float)) or not 0 <= r < 1:
-            raise UserError(f'a pruning rate must be a number from 0 to below 1, got {r!r}')
+    for r in rates: _check_rate(r)
     if len(rates) == 1: rates = rates * len(per_stage)
-    if len(rates) == len(per_stage): return tuple(float(r) for r, n in zip(rates, per_stage) for _ in range(n))
+    if len(rates) == len(per_stage):
+        return tuple(float(r) for r, n in zip(rates, per_stage) for _ in range(n))
     if len(rates) == sum(per_stage): return tuple(map(float, rates))
-    raise UserError(f'{arch} takes 1 rate for all, {len(per_stage)} (one per network stage) or {sum(per_stage)} (one per width), got {len(rates)}')
+    allowed = f'{len(per_stage)} (one per network stage) or {sum(per_stage)} (one per width)'
+    raise UserError(f'{arch} takes 1 rate for all, {allowed}, got {len(rates)}')
+
+# %% ../nbs/01_paper.ipynb #paper-plan
+_STAGE_RATES = {'resnet': (.1, .2, .3), 'preresnet': (.1, .2, .3), 'wrn': (.1, .2, .3),
+                'vgg': (0., 0., 0., .25, .25), 'imagenet': (.1, .1, .2, .3)}
+_SPARED = {'resnet56': (7, 9, 18, 26), 'resnet110': (17, 18, 36), 'preresnet164': (17, 18, 36)}
 
 def plan(arch: str,              # name of a network
         ) -> tuple[float, ...]:  # rates of one pruning iteration, one per prunable width
@@ -79,30 +98,40 @@ def plan(arch: str,              # name of a network
     return tuple(rates)
 
 # %% ../nbs/01_paper.ipynb #dabbac70
+def _rounded(left, width, rate, multiple):
+    "The nearest multiple, at least one and never above the old width."
+    if rate == 0 or multiple <= 1: return left
+    return min(width, max(multiple, round(left / multiple) * multiple))
+
 def shrink(widths,  # filters per prunable width
            rates,   # rates to remove, as many as widths
-           multiple: int = 1, # round what is kept to the nearest multiple of this (never above the old width)
-          ) -> tuple[int, ...]: # filters that are kept
-    "The widths that one pruning leaves: `int(width * (1 - rate))`, rounded to a multiple on demand."
-    if len(widths) != len(rates): raise UserError(f'{len(rates)} rates were given for {len(widths)} widths')
-    kept = tuple(int(w * (1 - r)) for w, r in zip(widths, rates))
-    if multiple > 1:
-        kept = tuple(k if r == 0 else min(w, max(multiple, round(k / multiple) * multiple)) for k, w, r in zip(kept, widths, rates))
-    for i, (w, r, k) in enumerate(zip(widths, rates, kept)):
-        if k < 1: raise UserError(f'rate {r} would remove all {w} filters of width {i}; a layer needs at least one')
-    return kept
+           multiple: int = 1, # round what is left to the nearest multiple of this
+          ) -> tuple[int, ...]: # filters that are left
+    "The widths that one pruning leaves: `int(width * (1 - rate))`, perhaps rounded to a multiple."
+    if len(widths) != len(rates):
+        raise UserError(f'{len(rates)} rates were given for {len(widths)} widths')
+    left = tuple(_rounded(int(w * (1 - r)), w, r, multiple) for w, r in zip(widths, rates))
+    for i, (w, r, n) in enumerate(zip(widths, rates, left)):
+        if n < 1:
+            gone = f'rate {r} would remove all {w} filters of width {i}'
+            raise UserError(f'{gone}; a layer needs at least one')
+    return left
 
 # %% ../nbs/01_paper.ipynb #4e0f5ce6
-_SHARES = {'resnet56': (.22, .39, .51, .59, .66), 'resnet110': (.27, .46, .60, .70, .80), 'preresnet164': (.27, .46, .60, .70, .80),
-           'wrn_16_8': (.27, .46, .60, .70, .77), 'vgg16': (.20, .40, .60, .80, .95)}
-_BORROWED = {'resnet': 'resnet56', 'preresnet': 'preresnet164', 'wrn': 'wrn_16_8', 'vgg': 'vgg16', 'imagenet': 'wrn_16_8'}
+_SHARES = {'resnet56': (.22, .39, .51, .59, .66), 'resnet110': (.27, .46, .60, .70, .80),
+           'preresnet164': (.27, .46, .60, .70, .80), 'wrn_16_8': (.27, .46, .60, .70, .77),
+           'vgg16': (.20, .40, .60, .80, .95)}
+_BORROWED = {'resnet': 'resnet56', 'preresnet': 'preresnet164', 'wrn': 'wrn_16_8',
+             'vgg': 'vgg16', 'imagenet': 'wrn_16_8'}
 
 def shares(arch: str,             # name of a network
-          ) -> tuple[float, ...]: # share of zeros among all convolution weights after iteration 1, 2, …
+          ) -> tuple[float, ...]: # share of zero convolution weights after iteration 1, 2, …
     "The published sparsities of weight pruning."
     return _SHARES[arch if arch in _SHARES else _BORROWED[family(arch)]]
 
 # %% ../nbs/01_paper.ipynb #75476155
+#| code-fold: true
+#| code-summary: "A line of a table"
 class Row(NamedTuple):
     "One line of a published table."
     network: str          # name of the network
@@ -112,58 +141,82 @@ class Row(NamedTuple):
     macs: float | None    # Table 1: MACs saved, in %; Table 2: MACs in G; None where not given
     accuracy: dict        # dataset → (mean, standard deviation or None), in %
 
+def _cell(v): return v if isinstance(v, tuple) else (v, None)
+
 def _rows(network, method, params, macs, *lines):
-    names = ('baseline', 'pfec', 'one-cycle', 'kesi')
-    cell = lambda v: v if isinstance(v, tuple) else (v, None)
-    return [Row(network, method, n, params[n != 'baseline'], macs[n != 'baseline'], {d: cell(v) for d, v in line.items()}) for n, line in zip(names, lines)]
+    found = []
+    for name, line in zip(('baseline', 'pfec', 'one-cycle', 'kesi'), lines):
+        pruned = name != 'baseline'
+        accuracy = {data: _cell(v) for data, v in line.items()}
+        found.append(Row(network, method, name, params[pruned], macs[pruned], accuracy))
+    return found
 
 def _cifar(*pairs): return [{'cifar10': a, 'cifar100': b} for a, b in pairs]
 
 # %% ../nbs/01_paper.ipynb #d9d03bf5
+#| code-fold: true
+#| code-summary: "Table 1, number by number"
 TABLE1 = [
     *_rows('resnet56', 'filters', (.85, .28), (0, 61.5), *_cifar(
-        (93.42, 71.07), ((90.35, .36), (64.91, .14)), ((92.31, .26), (69.03, .24)), ((93.34, .05), (70.95, .11)))),
+        (93.42, 71.07), ((90.35, .36), (64.91, .14)),
+        ((92.31, .26), (69.03, .24)), ((93.34, .05), (70.95, .11)))),
     *_rows('resnet110', 'filters', (1.73, .39), (0, 65.38), *_cifar(
-        (94.01, 72.35), ((91.51, .08), (65.44, .04)), ((93.24, .16), (69.54, .07)), ((94.01, .22), (72.12, .11)))),
+        (94.01, 72.35), ((91.51, .08), (65.44, .04)),
+        ((93.24, .16), (69.54, .07)), ((94.01, .22), (72.12, .11)))),
     *_rows('preresnet164', 'filters', (1.70, .31), (0, 69.23), *_cifar(
-        (95.06, 76.35), ((92.05, .11), (69.20, .04)), ((94.15, .06), (73.99, .06)), ((94.30, .53), (75.84, .32)))),
+        (95.06, 76.35), ((92.05, .11), (69.20, .04)),
+        ((94.15, .06), (73.99, .06)), ((94.30, .53), (75.84, .32)))),
     *_rows('wrn_16_8', 'filters', (10.96, 2.48), (0, 64.52), *_cifar(
-        (95.62, 79.57), ((94.61, .09), (73.82, .10)), ((94.91, .04), (76.46, .27)), ((95.68, .12), (79.01, .20)))),
+        (95.62, 79.57), ((94.61, .09), (73.82, .10)),
+        ((94.91, .04), (76.46, .27)), ((95.68, .12), (79.01, .20)))),
     *_rows('vgg16', 'filters', (14.99, 2.71), (0, 45.16), *_cifar(
-        (94.23, 73.24), ((93.88, .12), (68.37, .09)), ((94.10, .09), (71.95, .04)), ((94.59, .09), (73.52, .20)))),
+        (94.23, 73.24), ((93.88, .12), (68.37, .09)),
+        ((94.10, .09), (71.95, .04)), ((94.59, .09), (73.52, .20)))),
     *_rows('resnet56', 'weights', (.85, .29), (None, None), *_cifar(
-        (93.42, 71.07), ((92.69, .02), (69.53, .07)), ((93.41, .08), (70.46, .30)), ((93.90, .10), (72.27, .09)))),
+        (93.42, 71.07), ((92.69, .02), (69.53, .07)),
+        ((93.41, .08), (70.46, .30)), ((93.90, .10), (72.27, .09)))),
     *_rows('resnet110', 'weights', (1.73, .36), (None, None), *_cifar(
-        (94.01, 72.35), ((93.02, .04), (68.90, .08)), ((93.69, .17), (71.59, .30)), ((94.44, .11), (73.12, .25)))),
+        (94.01, 72.35), ((93.02, .04), (68.90, .08)),
+        ((93.69, .17), (71.59, .30)), ((94.44, .11), (73.12, .25)))),
     *_rows('wrn_16_8', 'weights', (10.96, 2.53), (None, None), *_cifar(
-        (95.62, 79.57), ((95.47, .07), (77.92, .16)), ((95.55, .05), (78.82, .11)), ((95.97, .05), (80.08, .06)))),
+        (95.62, 79.57), ((95.47, .07), (77.92, .16)),
+        ((95.55, .05), (78.82, .11)), ((95.97, .05), (80.08, .06)))),
     *_rows('vgg16', 'weights', (14.99, 1.02), (None, None), *_cifar(
-        (94.23, 73.24), ((93.47, .22), (68.39, .21)), ((93.53, .10), (71.74, .15)), ((94.01, .06), (73.91, .09)))),
+        (94.23, 73.24), ((93.47, .22), (68.39, .21)),
+        ((93.53, .10), (71.74, .15)), ((94.01, .06), (73.91, .09)))),
 ]
 
 # %% ../nbs/01_paper.ipynb #1df42700
+#| code-fold: true
+#| code-summary: "Table 2"
 def _tiny(*values): return [{'tiny_imagenet': v} for v in values]
 
 TABLE2 = [
-    *_rows('resnet18', 'filters', (11.01, 2.71), (1.82, .83), *_tiny(67.22, (61.06, .32), (64.70, .33), (66.87, .26))),
-    *_rows('resnet34', 'filters', (21.39, 5.40), (3.68, 1.57), *_tiny(68.81, (64.93, .15), (67.26, .21), (70.02, .43))),
+    *_rows('resnet18', 'filters', (11.01, 2.71), (1.82, .83),
+           *_tiny(67.22, (61.06, .32), (64.70, .33), (66.87, .26))),
+    *_rows('resnet34', 'filters', (21.39, 5.40), (3.68, 1.57),
+           *_tiny(68.81, (64.93, .15), (67.26, .21), (70.02, .43))),
 ]
 
+# %% ../nbs/01_paper.ipynb #paper-published
 def published(network: str,             # name of a network
               data: str,                # `cifar10`, `cifar100` or `tiny_imagenet`
               method: str = 'filters',  # `filters` or `weights`
              ) -> dict:                 # variant → Row; empty where the paper has no such line
     "The paper's lines for one network and dataset."
-    return {r.variant: r for r in TABLE1 + TABLE2 if r.network == network and r.method == method and data in r.accuracy}
+    wanted = [r for r in TABLE1 + TABLE2 if (r.network, r.method) == (network, method)]
+    return {r.variant: r for r in wanted if data in r.accuracy}
 
 # %% ../nbs/01_paper.ipynb #4970c1bb
-def recovery(accuracy: dict, # variant → accuracy, in any unit: a number, or an array of several seeds
+def recovery(accuracy: dict, # variant → accuracy in any unit, of one seed or an array of several
              of='kesi',      # the variant that wins back
-            ):               # 1: as good as the unpruned network; means nothing where pruning costs nothing
+            ):               # 1: as good as unpruned; means nothing where pruning costs nothing
     "The share of what pruning with a small rate costs that a variant wins back."
     return (accuracy[of] - accuracy['pfec']) / (accuracy['baseline'] - accuracy['pfec'])
 
 # %% ../nbs/01_paper.ipynb #d1f3c3ce
+#| code-fold: true
+#| code-summary: "Rules that values must follow"
 class Rule(NamedTuple):
     "What values a field may take."
     text: str        # says in words what is allowed
@@ -196,6 +249,8 @@ VARIANTS = ('pfec', 'one-cycle', 'kesi')
 def _f(default, rule, doc): return field(default=default, metadata={'rule': rule, 'doc': doc})
 
 # %% ../nbs/01_paper.ipynb #97ae4af3
+#| code-fold: true
+#| code-summary: "All fields of a recipe"
 @dataclass(frozen=True)
 class Recipe:
     "One experiment: what to train on, what to prune, how to retrain, how to distil. Defaults are the paper's."
@@ -242,6 +297,8 @@ class Recipe:
         return 'validation' if self.valid else 'test'
 
 # %% ../nbs/01_paper.ipynb #1e2b4d0a
+#| code-fold: true
+#| code-summary: "How a recipe is checked"
 def _check(r):
     "Hold every field of a recipe against its rule; lists become tuples, and whole numbers become floats where floats are meant."
     for f in fields(r):
@@ -259,6 +316,8 @@ def _check_plan(r):
     elif list(r.pruning) != sorted(r.pruning): raise UserError(f'shares must not fall from one pruning to the next; got {r.pruning}')
 
 # %% ../nbs/01_paper.ipynb #bafbb6a0
+#| code-fold: true
+#| code-summary: "What follows from a recipe"
 from fastcore.basics import patch
 
 @patch(as_prop=True)
@@ -287,6 +346,8 @@ def budget(self: Recipe,
     return dataclasses.replace(self, **{n: max(1, round(getattr(self, n) * share)) for n in ('epochs', 'retrain_epochs', 'distill_epochs')})
 
 # %% ../nbs/01_paper.ipynb #df848097
+#| code-fold: true
+#| code-summary: "A recipe as JSON"
 def to_json(r: Recipe) -> str:
     "The recipe as JSON, one field per line."
     return json.dumps(dataclasses.asdict(r), indent=1)
@@ -311,6 +372,8 @@ def from_file(path) -> Recipe:
     return from_dict(values, recipe(f'{data}/{arch}'))
 
 # %% ../nbs/01_paper.ipynb #4939cf6f
+#| code-fold: true
+#| code-summary: "A recipe from the command line"
 def _value(text):
     "A value from the command line: JSON where it parses, a list where there are commas, else the text itself."
     for read in (json.loads, float):
@@ -333,6 +396,8 @@ def with_settings(r: Recipe,
     return from_dict(values, r)
 
 # %% ../nbs/01_paper.ipynb #fcf417bc
+#| code-fold: true
+#| code-summary: "The recipes by name"
 _BY_DATA = {
     'cifar10': {}, 'cifar100': {},
     'tiny_imagenet': dict(init='imagenet', schedule='one-cycle', epochs=25, batch=128, retrain_epochs=25, distill_epochs=25),

@@ -436,7 +436,7 @@ def chain(r: Recipe, seed: int, first: Trained, shape, streams: bool, loss: str)
             stages[f'{name} {i}'] = last = Again(last, t[name], seed, i, on, loss)
     if 'kesi' in r.variants:
         snapshots = tuple(s for n, s in stages.items() if not n.startswith('pfec'))
-        stages['kesi'] = Distill(snapshots[-1], snapshots, t['kesi'], r.temperature, r.reduction, seed, on)
+        stages['kesi'] = Distill(snapshots[-1], snapshots, t['kesi'], r.temperature, r.reduction, seed, on, views=r.views)
     return stages
 
 # %% ../nbs/use/any_network.ipynb #8d21cd1b

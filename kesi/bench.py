@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'QUICK', 'clock', 'timed', 'take_turns', 'gain', 'median', 'shown', 'PilImages', 'textbook_loader',
-           'textbook', 'ours', 'six_targets', 'random_images', 'snapshots', 'train_flops', 'machine', 'where',
-           'Settings', 'data_case', 'training_ways', 'training_cases', 'distillation_case', 'joined', 'inference_ways',
-           'inference', 'operations', 'layer_speeds', 'onnx_steps', 'teacher_batches', 'profiles', 'run',
-           'training_table', 'best_way', 'inference_table', 'tables', 'fastest', 'bars', 'write']
+           'textbook', 'textbook_test', 'ours', 'six_targets', 'random_images', 'snapshots', 'train_flops', 'machine',
+           'where', 'Settings', 'data_case', 'training_ways', 'training_cases', 'measuring_case', 'zeros_case',
+           'distillation_case', 'joined', 'inference_ways', 'inference', 'operations', 'layer_speeds', 'onnx_steps',
+           'teacher_batches', 'profiles', 'run', 'training_table', 'best_way', 'inference_table', 'tables', 'fastest',
+           'bars', 'write']
 
 # %% ../nbs/engine/bench.ipynb #16c9cb02
 import copy, functools, math, os, platform, tempfile, time
@@ -19,13 +20,15 @@ import numpy as np, torch, torch.nn.functional as F
 from torch.utils.data import DataLoader
 from . import __version__, deploy, paper, report
 from .data import Dataset, Loader, Split
-from .distill import Teachers, freeze, kd_loss, kd_objective
+from .distill import Lessons, Teachers, freeze, kd_loss, kd_objective
 from .macs import layer_macs
 from .models import CifarResNet, Spec, build, widen_shortcut
 from .paper import UserError
-from .pruning import prune_filters
+from .pruning import prune_filters, prune_weights
 from .runtime import Runtime, auto, describe, generator, has_bfloat16, write_json
-from .training import Training, _Padded, _epoch, cross_entropy, optimizer
+from .schedules import Training
+from .training import _Compiled, _Padded, _epoch, cross_entropy, fit, keep_zeros, optimizer
+from .training import zero_masks
 
 # %% ../nbs/engine/bench.ipynb #528ff73b
 def clock(rt: Runtime) -> str: # `wall` or `cpu`
@@ -37,25 +40,32 @@ def _wait(device):
     kind = torch.device(device).type
     if kind in ('cuda', 'mps'): getattr(torch, kind).synchronize()
 
-def timed(call, device: str = 'cpu') -> tuple[float, float]: # seconds on the wall, seconds of processor time
+def timed(call, device: str = 'cpu') -> tuple[float, float]: # seconds: wall, processor
     "Call once."
     _wait(device)
     wall, cpu = time.perf_counter(), time.process_time()
     call(); _wait(device)
     return time.perf_counter() - wall, time.process_time() - cpu
 
+def _times(call, device, least):
+    "How often a call must be repeated to fill some seconds."
+    if not least: return 1
+    seconds = timed(call, device)[1 if device == 'cpu' else 0]
+    return max(1, math.ceil(least / max(seconds, 1e-6)))
+
 def take_turns(calls: dict,           # name → function without arguments
                rounds: int,           # how often each is measured
                device: str = 'cpu',
-               least: float = 0.,     # seconds; shorter calls are repeated within a round until they fill that time
-              ) -> dict:              # name → {'wall': seconds of one call, round by round, 'cpu': the same in processor time}
+               least: float = 0.,     # seconds; shorter calls are repeated to fill that time
+              ) -> dict:              # name → {'wall': seconds, round by round, 'cpu': …}
     "Call everything once to warm up, then measure round by round, forwards and backwards in turns."
     for f in calls.values(): f()
-    times = {n: max(1, math.ceil(least / max(timed(f, device)[1 if device == 'cpu' else 0], 1e-6))) if least else 1 for n, f in calls.items()}
+    times = {n: _times(f, device, least) for n, f in calls.items()}
     found = {n: {'wall': [], 'cpu': []} for n in calls}
     for i in range(rounds):
         for n in list(calls)[::-1 if i % 2 else 1]:
-            for c, s in zip(('wall', 'cpu'), timed(lambda: [calls[n]() for _ in range(times[n])], device)): found[n][c].append(s / times[n])
+            both = timed(lambda: [calls[n]() for _ in range(times[n])], device)
+            for c, s in zip(('wall', 'cpu'), both): found[n][c].append(s / times[n])
     return found
 
 # %% ../nbs/engine/bench.ipynb #ddf4b1df
@@ -63,7 +73,8 @@ def gain(slow, fast,          # two entries of what `take_turns` returned
          clock: str = 'wall',
         ) -> dict:            # median of the rounds' ratios, and their quartiles
     "How many times faster the second one is."
-    low, mid, high = np.quantile([a / max(b, 1e-9) for a, b in zip(slow[clock], fast[clock])], (.25, .5, .75))
+    ratios = [a / max(b, 1e-9) for a, b in zip(slow[clock], fast[clock])]
+    low, mid, high = np.quantile(ratios, (.25, .5, .75))
     return {'low': float(low), 'median': float(mid), 'high': float(high)}
 
 def median(times, clock: str = 'wall') -> float: # seconds
@@ -77,27 +88,36 @@ def shown(g) -> str:
 # %% ../nbs/engine/bench.ipynb #c490a5aa
 class PilImages(torch.utils.data.Dataset):
     "Images one at a time."
-    def __init__(self, split, transform): self.images, self.labels, self.transform = split.images.permute(0, 2, 3, 1).numpy(), split.labels.tolist(), transform
+    def __init__(self, split, transform):
+        self.images, self.labels = split.images.permute(0, 2, 3, 1).numpy(), split.labels.tolist()
+        self.transform = transform
     def __len__(self): return len(self.labels)
     def __getitem__(self, i):
         from PIL import Image
         return self.transform(Image.fromarray(self.images[i])), self.labels[i]
 
-def textbook_loader(data: Dataset, batch: int, device: str = 'cpu') -> DataLoader:
+def textbook_loader(data: Dataset, batch: int, device: str = 'cpu', train: bool = True):
     "torchvision's transforms, image by image; beside a GPU four processes do it."
     from torchvision import transforms as T
-    change = [T.RandomCrop(data.size, padding=data.pad), *[T.RandomHorizontalFlip()] * data.flip, T.ToTensor(), T.Normalize(data.mean, data.std)]
-    return DataLoader(PilImages(data.train, T.Compose(change)), batch, shuffle=True, num_workers=0 if device == 'cpu' else 4, persistent_workers=device != 'cpu')
+    crop = [T.RandomCrop(data.size, padding=data.pad), *[T.RandomHorizontalFlip()] * data.flip]
+    change = T.Compose([*crop * train, T.ToTensor(), T.Normalize(data.mean, data.std)])
+    aside = dict(num_workers=4, persistent_workers=True) if device != 'cpu' else {}
+    images = PilImages(data.train if train else data.test, change)
+    return DataLoader(images, batch, shuffle=train, **aside)
 
-def textbook(net, data: Dataset, batch: int, device: str = 'cpu', teachers=(), temperature: float = 5.):
+# %% ../nbs/engine/bench.ipynb #b3c00001
+def textbook(net, data: Dataset, batch: int, device: str = 'cpu', teachers=(), temperature=5.):
     "The textbook's epoch, as a function that returns mean loss and accuracy."
-    net, teachers, loader = copy.deepcopy(net).to(device).train(), [copy.deepcopy(t).to(device).eval() for t in teachers], textbook_loader(data, batch, device)
-    opt = torch.optim.Adam(net.parameters(), lr=1e-3) if teachers else torch.optim.SGD(net.parameters(), lr=.01, momentum=.9, weight_decay=1e-4)
+    net, loader = copy.deepcopy(net).to(device).train(), textbook_loader(data, batch, device)
+    teachers = [copy.deepcopy(t).to(device).eval() for t in teachers]
+    if teachers: opt = torch.optim.Adam(net.parameters(), lr=1e-3)
+    else: opt = torch.optim.SGD(net.parameters(), lr=.01, momentum=.9, weight_decay=1e-4)
     def distil(out, x):
         loss = 0.
         for t in teachers:
             with torch.no_grad(): says = F.softmax(t(x) / temperature, 1)
-            loss = loss + temperature**2 * F.kl_div(F.log_softmax(out / temperature, 1), says, reduction='batchmean') / len(teachers)
+            apart = F.kl_div(F.log_softmax(out / temperature, 1), says, reduction='batchmean')
+            loss = loss + temperature**2 * apart / len(teachers)
         return loss
     def epoch():
         total = right = 0
@@ -105,31 +125,52 @@ def textbook(net, data: Dataset, batch: int, device: str = 'cpu', teachers=(), t
             x, y = x.to(device), y.to(device)
             out = net(x)
             loss = distil(out, x) if teachers else F.cross_entropy(out, y)
-            opt.zero_grad(); loss.backward(); opt.step()
-            total += loss.item() * len(y); right += (out.argmax(1) == y).sum().item()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            total += loss.item() * len(y)
+            right += (out.argmax(1) == y).sum().item()
         return total / len(data.train), right / len(data.train)
     return epoch
+
+def textbook_test(net, data: Dataset, device: str = 'cpu'):
+    "The textbook's look at the test split, as a function that returns the accuracy."
+    net = copy.deepcopy(net).to(device).eval()
+    loader = textbook_loader(data, 500, device, train=False)
+    @torch.no_grad()
+    def test():
+        right = sum((net(x.to(device)).argmax(1) == y.to(device)).sum().item() for x, y in loader)
+        return right / len(data.test)
+    return test
 
 # %% ../nbs/engine/bench.ipynb #8e5456fe
 class _PilEpochs:
     "The textbook's images for our loop."
-    def __init__(self, data, batch, rt): self.loader, self.rt = textbook_loader(data, batch, rt.device), rt
+    def __init__(self, data, batch, rt):
+        self.loader, self.rt = textbook_loader(data, batch, rt.device), rt
     def epoch(self, *seed):
         for x, y in self.loader: yield self.rt.place(x), y.to(self.rt.device)
 
-def ours(net, data: Dataset, batch: int, rt: Runtime, objective=cross_entropy, kind: str = 'sgd', loader=None):
+_HOW = {'sgd': dict(lr=.01, weight_decay=1e-4), 'adam': dict(lr=1e-3)}
+
+def ours(net, data: Dataset, batch: int, rt: Runtime,
+         objective=cross_entropy,
+         kind: str = 'sgd',   # or `adam`
+         loader=None,         # other batches than the data's
+        ):
     "Our epoch, as a function that returns mean loss and accuracy."
-    padded = _Padded(net, rt)
-    opt, loader = optimizer(Training(1, batch, .01 if kind == 'sgd' else 1e-3, optimizer=kind, weight_decay=1e-4 if kind == 'sgd' else 0.), padded.net), loader or Loader(data, data.train, batch, rt)
-    run = torch.compile(padded.net) if rt.compile else padded.net
-    rates = [(opt.defaults['lr'], .9)] * math.ceil(len(data.train) / batch)
-    return lambda: _epoch(run, loader, objective, opt, [], rates, (0, 'bench'), rt).tolist()
+    padded, loader = _Padded(net, rt), loader or Loader(data, data.train, batch, rt)
+    opt = optimizer(Training(1, batch, optimizer=kind, **_HOW[kind]), padded.net)
+    run = _Compiled(padded.net) if rt.compile else padded.net
+    rates, seed = [(opt.defaults['lr'], .9)] * math.ceil(len(data.train) / batch), (0, 'bench', 0)
+    return lambda: _epoch(run, loader, objective, opt, ([], []), rates, seed, rt).tolist()
 
 def six_targets(teachers: Teachers):
     "An objective for `fit`: one KL divergence per teacher."
     def objective(net, x, y):
         z, rt, t = net(x), teachers.rt, teachers.temperature
-        with torch.no_grad(), rt.autocast(): says = [(n(x).to(rt.dtype) / t).softmax(1) for n in teachers.nets]
+        with torch.no_grad(), rt.autocast(): logits = [n(x) for n in teachers.nets]
+        says = [(l.to(rt.dtype) / t).softmax(1) for l in logits]
         return sum(kd_loss(z.to(rt.dtype), p, t) for p in says) / len(says), z
     return objective
 
@@ -137,7 +178,8 @@ def six_targets(teachers: Teachers):
 def random_images(n: int, size: int = 32, channels: int = 3) -> Dataset:
     "Noise in the shape of CIFAR: speed does not depend on what is in a picture."
     g = generator('bench', n, size)
-    split = Split(torch.randint(256, (n, channels, size, size), generator=g, dtype=torch.uint8), torch.arange(n) % 10)
+    images = torch.randint(256, (n, channels, size, size), generator=g, dtype=torch.uint8)
+    split = Split(images, torch.arange(n) % 10)
     return Dataset('noise', split, split, tuple('0123456789'), (.5,) * channels, (.3,) * channels)
 
 @functools.lru_cache(maxsize=4)
@@ -154,26 +196,34 @@ def train_flops(net, shape) -> int: # operations of one image, forward and backw
     return 6 * sum(macs.values()) - 2 * next(iter(macs.values()))
 
 # %% ../nbs/engine/bench.ipynb #33778c33
+def _best(call, rt, seconds, least=5):
+    "The shortest time that a call was seen to take."
+    times, end, at = [], time.perf_counter() + seconds, ('wall', 'cpu').index(clock(rt))
+    while len(times) < least or time.perf_counter() < end: times.append(timed(call, rt.device)[at])
+    return min(times)
+
 def machine(rt: Runtime, seconds: float = .5) -> dict:
     "Operations per second of a matrix product, and bytes per second of a copy: the best seen."
-    dtype, at = torch.bfloat16 if rt.precision == 'bfloat16' else rt.dtype, ('wall', 'cpu').index(clock(rt))
-    def best(call, least=5):
-        times, end = [], time.perf_counter() + seconds
-        while len(times) < least or time.perf_counter() < end: times.append(timed(call, rt.device)[at])
-        return min(times)
-    big = rt.device != 'cpu'
-    a, n = torch.randn(s := 8192 if big else 1024, s, device=rt.device, dtype=dtype), (1 << 28 if big else 1 << 24)
-    x = torch.ones(n, device=rt.device); y = torch.empty_like(x)
-    with rt.active(): return {'flops': 2 * s**3 / best(lambda: a @ a), 'bytes': 8 * n / best(lambda: y.copy_(x))}
+    dtype, big = torch.bfloat16 if rt.precision == 'bfloat16' else rt.dtype, rt.device != 'cpu'
+    side, n = (8192, 1 << 28) if big else (1024, 1 << 24)
+    a, x = torch.randn(side, side, device=rt.device, dtype=dtype), torch.ones(n, device=rt.device)
+    y = torch.empty_like(x)
+    with rt.active():
+        return {'flops': 2 * side**3 / _best(lambda: a @ a, rt, seconds),
+                'bytes': 8 * n / _best(lambda: y.copy_(x), rt, seconds)}
 
 def _cpu_name():
-    try: return next(line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name'))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+    try: lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError: lines = []
+    named = [line.split(':')[1].strip() for line in lines if line.startswith('model name')]
+    return named[0] if named else platform.processor() or platform.machine()
 
 def where(rt: Runtime) -> dict:
     "Hardware, versions, commit, date, and how busy the machine is."
-    return {**describe(rt), 'name': _cpu_name(), 'cores': os.cpu_count(), 'bfloat16': has_bfloat16(rt.device), 'kesi': __version__, 'commit': report._commit(),
-            'date': datetime.now(timezone.utc).isoformat(timespec='seconds'), 'load': round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None}
+    load = round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None
+    return {**describe(rt), 'name': _cpu_name(), 'cores': os.cpu_count(),
+            'bfloat16': has_bfloat16(rt.device), 'kesi': __version__, 'commit': report._commit(),
+            'date': datetime.now(timezone.utc).isoformat(timespec='seconds'), 'load': load}
 
 # %% ../nbs/engine/bench.ipynb #0a8df257
 PARTS = ('data', 'training', 'distillation', 'inference', 'profile')
@@ -181,7 +231,7 @@ PARTS = ('data', 'training', 'distillation', 'inference', 'profile')
 @dataclass(frozen=True)
 class Settings:
     "What to measure."
-    networks: tuple = ('resnet56', 'vgg16')  # the first one is trained, all of them are measured in inference
+    networks: tuple = ('resnet56', 'vgg16')  # the first one is trained, all of them answer
     batch: int = 128                         # images per step, and per call of the larger inference
     rounds: int = 5                          # how often everything is measured
     what: tuple = PARTS
@@ -191,18 +241,25 @@ class Settings:
         for n in self.networks: paper.family(n)
         if not self.networks: raise UserError('name at least one network')
         for n in ('batch', 'rounds'):
-            if getattr(self, n) < 1: raise UserError(f'{n} must be a whole number from 1; got {getattr(self, n)}')
-        if bad := [w for w in self.what if w not in PARTS] or ([''] if not self.what else []): raise UserError(f'what must be of {", ".join(PARTS)}; got {bad[0]!r}')
+            v = getattr(self, n)
+            if v < 1: raise UserError(f'{n} must be a whole number from 1; got {v}')
+        for w in self.what or ('',):
+            if w not in PARTS: raise UserError(f'what must be of {", ".join(PARTS)}; got {w!r}')
 
-QUICK = dict(networks=('resnet8',), batch=16, rounds=2, compile=False)     # to see in seconds that everything works
+QUICK = dict(networks=('resnet8',), batch=16, rounds=2, compile=False)     # to see that all works
+
+def _case(images, flops, ways): return {'images': images, 'flops': flops, 'ways': ways}
 
 def data_case(s, nets, rt) -> dict:
     data = random_images(16 * s.batch)
     theirs, mine = textbook_loader(data, s.batch, rt.device), Loader(data, data.train, s.batch, rt)
     through = lambda batches: sum(len(y) for _, y in batches)
-    return {'data pipeline': {'images': len(data.train), 'flops': 0, 'ways': {'textbook': lambda: through(theirs), 'ours': lambda: through(mine.epoch(0, 'bench'))}}}
+    ways = {'textbook': lambda: through(theirs), 'ours': lambda: through(mine.epoch(0, 'bench'))}
+    return {'data pipeline': _case(len(data.train), 0, ways)}
 
 # %% ../nbs/engine/bench.ipynb #215c939b
+_SHAPE = (3, 32, 32)
+
 def _is_cut(net): return any(w % 8 for w in net.spec.widths)
 
 def training_ways(net, s, rt) -> dict: # way → function of one epoch
@@ -211,25 +268,59 @@ def training_ways(net, s, rt) -> dict: # way → function of one epoch
     change = lambda **kw: ours(net, data, s.batch, replace(rt, **kw))
     ways = {'textbook': textbook(net, data, s.batch, rt.device), 'ours': change()}
     if rt.precision != 'float32': ways['ours, float32'] = change(precision='float32')
-    if _is_cut(net): return {**ways, 'ours, padded to 8': change(pad=8), 'ours, padded to 16': change(pad=16)}
+    if _is_cut(net):
+        return {**ways, 'ours, padded to 8': change(pad=8), 'ours, padded to 16': change(pad=16)}
     ways['ours, N×C×H×W'] = change(channels_last=False)
     ways['ours, PIL images'] = ours(net, data, s.batch, rt, loader=_PilEpochs(data, s.batch, rt))
     return {**ways, 'ours, compiled': change(compile=True)} if s.compile else ways
 
 def training_cases(s, nets, rt) -> dict:
     "A baseline's steps, and those of a retraining after one and after five prunings."
-    names = {0: 'baseline training', 1: 'retraining after 1 pruning', 5: 'retraining after 5 prunings'}
-    return {name: {'images': s.batch, 'flops': s.batch * train_flops(nets[i], (3, 32, 32)), 'ways': training_ways(nets[i], s, rt)} for i, name in names.items()}
+    def case(net):
+        work = s.batch * train_flops(net, _SHAPE)
+        return _case(s.batch, work, training_ways(net, s, rt))
+    found = {'baseline training': case(nets[0]), 'retraining after 1 pruning': case(nets[1]),
+             'retraining after 5 prunings': case(nets[5])}
+    return {**found, **measuring_case(s, nets, rt), **zeros_case(s, nets, rt)}
+
+# %% ../nbs/engine/bench.ipynb #b3c00002
+def measuring_case(s, nets, rt, epochs=4) -> dict:
+    "A short training with as many test as training images: when is the test split measured?"
+    net, data = nets[0], random_images(s.batch)
+    epoch, test = textbook(net, data, s.batch, rt.device), textbook_test(net, data, rt.device)
+    t = Training(epochs, s.batch, **_HOW['sgd'])
+    train = lambda **kw: (lambda: fit(net, data, t, rt=replace(rt, **kw)))
+    ways = {'textbook': lambda: [(epoch(), test()) for _ in range(epochs)], 'ours': train(),
+            'ours, measured after every epoch': train(evaluate=1)}
+    work = epochs * s.batch * train_flops(net, _SHAPE)
+    return {f'{epochs} epochs with measuring': _case(epochs * s.batch, work, ways)}
+
+def zeros_case(s, nets, rt) -> dict:
+    "After each step of a training with zeros in it these are put back."
+    weights, masks = zero_masks(rt.place(prune_weights(nets[0], .5)))
+    @torch.no_grad()
+    def one_by_one():
+        for w, m in zip(weights, masks): w.mul_(m)
+    ways = {'textbook': one_by_one, 'ours': lambda: keep_zeros(weights, masks)}
+    many = {n: (lambda f=f: [f() for _ in range(20)]) for n, f in ways.items()}
+    return {'20 times zeros put back': _case(20 * s.batch, 0, many)}
 
 def distillation_case(s, nets, rt) -> dict:
     "A step of the smallest network with all six as teachers."
     data, student = random_images(s.batch), nets[-1]
-    objective = lambda make, **kw: make(Teachers(nets, 5., replace(rt, **kw)))
-    step = lambda how, **kw: ours(student, data, s.batch, replace(rt, **kw), how, 'adam')
-    ways = {'textbook': textbook(student, data, s.batch, rt.device, nets), 'ours': step(objective(kd_objective)), 'ours, not folded': step(objective(kd_objective, fold=False)),
-            'ours, six targets': step(objective(six_targets)), 'ours, padded to 8': step(objective(kd_objective, pad=8), pad=8)}
-    work = train_flops(student, (3, 32, 32)) + 2 * sum(sum(layer_macs(t, (3, 32, 32)).values()) for t in nets)
-    return {f'distillation, {len(nets)} teachers': {'images': s.batch, 'flops': s.batch * work, 'ways': ways}}
+    def step(make=kd_objective, pad=rt.pad, fold=rt.fold):
+        how = replace(rt, pad=pad, fold=fold)
+        return ours(student, data, s.batch, how, make(Teachers(nets, 5., how)), 'adam')
+    teachers = Teachers(nets, 5., rt)
+    known, _ = Lessons(data, teachers, 1, (0, 'bench')).loaders(s.batch, rt)
+    again = ours(student, data, s.batch, rt, kd_objective(teachers), 'adam', known)
+    ways = {'textbook': textbook(student, data, s.batch, rt.device, nets), 'ours': step(),
+            'ours, not folded': step(fold=False), 'ours, six targets': step(six_targets),
+            'ours, padded to 8': step(pad=8),
+            'ours, views seen before': again}
+    answering = sum(sum(layer_macs(t, _SHAPE).values()) for t in nets)
+    work = train_flops(student, _SHAPE) + 2 * answering
+    return {f'distillation, {len(nets)} teachers': _case(s.batch, s.batch * work, ways)}
 
 # %% ../nbs/engine/bench.ipynb #52bf9ff3
 def joined(net, shape) -> torch.nn.Module: # of one image; answers like the network
@@ -243,8 +334,10 @@ def joined(net, shape) -> torch.nn.Module: # of one image; answers like the netw
         if side % stride: continue                         # pooling at the edge is another average
         new = x
         if stride > 1 or wide > c:
-            g.add_submodule(f'{n.name}_conv', m := torch.nn.Conv2d(c, wide, stride, stride, bias=False))
-            m.weight = torch.nn.Parameter(torch.eye(wide, c)[:, :, None, None].expand(wide, c, stride, stride) / stride**2)
+            m = torch.nn.Conv2d(c, wide, stride, stride, bias=False)
+            same = torch.eye(wide, c)[:, :, None, None].expand(wide, c, stride, stride)
+            m.weight = torch.nn.Parameter(same / stride**2)
+            g.add_submodule(f'{n.name}_conv', m)
             with g.graph.inserting_after(n): new = g.graph.call_module(f'{n.name}_conv', (x,))
         n.replace_all_uses_with(new); g.graph.erase_node(n)
     g.recompile()
@@ -263,7 +356,8 @@ def _torch_way(net, rt, compiled=False):
     run = freeze(net, rt)
     if compiled: run = torch.compile(run, dynamic=False, options={'freezing': True})
     def answer(x):
-        with rt.autocast(): return run(x.contiguous(memory_format=torch.channels_last) if rt.channels_last else x)
+        if rt.channels_last: x = x.contiguous(memory_format=torch.channels_last)
+        with rt.autocast(): return run(x)
     return answer
 
 def inference_ways(net, rt: Runtime, compiled: bool = True) -> dict: # way → function of one batch
@@ -275,87 +369,145 @@ def inference_ways(net, rt: Runtime, compiled: bool = True) -> dict: # way → f
     for kind in ('', 'joined') if isinstance(net, CifarResNet) else ('',):
         name = 'ONNX Runtime' + ', joined shortcuts' * (kind == 'joined')
         ways[name] = deploy.session(_onnx(net, kind), rt.threads)
-        if _is_cut(net): ways[name + _FILLED] = deploy.session(_onnx(net, f'{kind} filled'), rt.threads)
+        filled = f'{kind} filled'
+        if _is_cut(net): ways[name + _FILLED] = deploy.session(_onnx(net, filled), rt.threads)
     return ways
 
+# %% ../nbs/engine/bench.ipynb #b3c00008
 def inference(arch: str, s: Settings, rt: Runtime) -> dict:
     "One network before and after five prunings, at one image and at a batch."
     nets = snapshots(arch)[0], snapshots(arch)[5]
-    shape, found = deploy.shape_of(nets[0]), {'macs': [sum(layer_macs(n, deploy.shape_of(n)).values()) for n in nets], 'batches': {}}
+    shape, found = deploy.shape_of(nets[0]), {'macs': [], 'batches': {}}
+    found['macs'] = [sum(layer_macs(n, shape).values()) for n in nets]
     torch._dynamo.reset()
     ways = [inference_ways(n, rt, s.compile) for n in nets]
     for b in sorted({1, s.batch}):
         x = torch.randn(b, *shape, generator=generator('bench', b)).to(rt.device)
         calls = {(i, w): functools.partial(f, x) for i in (0, 1) for w, f in ways[i].items()}
-        with torch.no_grad(), deploy._quiet(): times = take_turns(calls, s.rounds if b > 1 else 3 * s.rounds, rt.device, .05 if b == 1 else 0.)
-        found['batches'][str(b)] = {w: {'unpruned': times[0, w.removesuffix(_FILLED)], 'pruned': times[1, w]} for w in ways[1]}
+        rounds, least = (3 * s.rounds, .05) if b == 1 else (s.rounds, 0.)
+        with torch.no_grad(), deploy._quiet(): times = take_turns(calls, rounds, rt.device, least)
+        pair = lambda w: {'unpruned': times[0, w.removesuffix(_FILLED)], 'pruned': times[1, w]}
+        found['batches'][str(b)] = {w: pair(w) for w in ways[1]}
     return found
 
 # %% ../nbs/engine/bench.ipynb #5a94deac
-_GROUPS = {'convolution, backward': ('convolution_backward',), 'convolution, forward': ('mkldnn_convolution', 'cudnn_convolution', 'thnn_conv2d', '_slow_conv2d_forward'), 'batch norm': ('batch_norm',),
-           'ReLU and addition': ('threshold', 'clamp_min', 'relu', 'add'), 'optimizer': ('_fused_sgd', '_fused_adam', '_foreach', 'addcdiv')}
+_FORWARD = ('mkldnn_convolution', 'cudnn_convolution', 'thnn_conv2d', '_slow_conv2d_forward')
+_GROUPS = {'convolution, backward': ('convolution_backward',), 'convolution, forward': _FORWARD,
+           'batch norm': ('batch_norm',),
+           'ReLU and addition': ('threshold', 'clamp_min', 'relu', 'add'),
+           'optimizer': ('_fused_sgd', '_fused_adam', '_foreach', 'addcdiv')}
+
+def _group(name):
+    found = [g for g, names in _GROUPS.items() if any(n in name for n in names)]
+    return found[0] if found else 'the rest'
 
 def operations(call, device: str = 'cpu') -> dict[str, float]: # group → share of the time
     "What a training step spends its time on."
     from torch.profiler import ProfilerActivity, profile
-    call(); gpu = torch.device(device).type == 'cuda'
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')                    # it reports to the terminal otherwise
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu) as p: call(); _wait(device)
+    call()
+    gpu = torch.device(device).type == 'cuda'
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')           # else it reports to the terminal
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu) as p:
+        call()
+        _wait(device)
     total = dict.fromkeys([*_GROUPS, 'the rest'], 0.)
     for e in p.key_averages():
-        group = next((g for g, names in _GROUPS.items() if any(n in e.key for n in names)), 'the rest')
-        total[group] += e.self_device_time_total if gpu else e.self_cpu_time_total
+        total[_group(e.key)] += e.self_device_time_total if gpu else e.self_cpu_time_total
     return {g: t / sum(total.values()) for g, t in total.items()}
+
+# %% ../nbs/engine/bench.ipynb #b3c00003
+def _shapes(net, batch, rt):
+    "The shapes of what each convolution of a network reads and writes."
+    shapes, convs = {}, {n: m for n, m in net.named_modules() if isinstance(m, torch.nn.Conv2d)}
+    def note(name): return lambda m, x, z: shapes.update({name: (x[0].shape, z.shape)})
+    hooks = [m.register_forward_hook(note(n)) for n, m in convs.items()]
+    images = torch.zeros(batch, *deploy.shape_of(net, _SHAPE))
+    with torch.no_grad(), rt.autocast(): net(rt.place(images))
+    for h in hooks: h.remove()
+    return convs, shapes
 
 def layer_speeds(net, batch: int, rt: Runtime, rounds: int = 5) -> list[dict]:
     "Every kind of convolution alone, folded, forward: its work, the numbers it moves and its time."
-    net, shapes, kinds = freeze(net, rt), {}, {}
-    convs = {n: m for n, m in net.named_modules() if isinstance(m, torch.nn.Conv2d)}
-    hooks = [m.register_forward_hook(lambda m, a, out, n=n: shapes.update({n: (a[0].shape, out.shape)})) for n, m in convs.items()]
-    with torch.no_grad(), rt.autocast(): net(rt.place(torch.zeros(batch, *deploy.shape_of(net, (3, 32, 32)))))
-    for h in hooks: h.remove()
+    convs, shapes = _shapes(freeze(net, rt), batch, rt)
+    kinds, calls = {}, {}
     for n, m in convs.items(): kinds.setdefault((*shapes[n], m.kernel_size, m.stride), []).append(n)
-    calls = {k: functools.partial(convs[names[0]], rt.place(torch.randn(k[0]))) for k, names in kinds.items()}
-    def calm(f):
-        with torch.no_grad(), rt.autocast(): return f()
-    times = take_turns({k: functools.partial(calm, f) for k, f in calls.items()}, rounds, rt.device, .01)
+    def alone(conv, x):
+        def call():
+            with torch.no_grad(), rt.autocast(): return conv(x)
+        return call
+    for k, names in kinds.items(): calls[k] = alone(convs[names[0]], rt.place(torch.randn(k[0])))
+    times, found = take_turns(calls, rounds, rt.device, .01), []
     size = 2 if rt.precision == 'bfloat16' else rt.dtype.itemsize
-    return [{'in': k[0][1], 'out': k[1][1], 'side': k[1][2], 'layers': len(names), 'flops': 2 * convs[names[0]].weight.numel() * k[1][2] * k[1][3] * batch,
-             'bytes': size * (k[0].numel() + k[1].numel() + convs[names[0]].weight.numel()), 'seconds': min(times[k][clock(rt)])} for k, names in kinds.items()]
+    for (read, wrote, *_), names, t in zip(kinds, kinds.values(), times.values()):
+        weights, pixels = convs[names[0]].weight.numel(), wrote[2] * wrote[3]
+        found.append({'in': read[1], 'out': wrote[1], 'side': wrote[2], 'layers': len(names),
+                      'flops': 2 * weights * pixels * batch,
+                      'bytes': size * (read.numel() + wrote.numel() + weights),
+                      'seconds': min(t[clock(rt)])})
+    return found
 
 # %% ../nbs/engine/bench.ipynb #f4d02661
-def onnx_steps(net, batch: int, threads: int | None = None, times: int = 20, change: str = '') -> list[dict]:
-    "ONNX Runtime's own profile: each step of the optimised graph with its shapes and its shortest time."
-    ort, (c, h, w), best = deploy._needs('onnxruntime'), deploy.shape_of(net), {}
+def _onnx_events(net, batch, threads, times, change):
+    "What ONNX Runtime's own profiler writes about some runs."
+    ort, (c, h, w) = deploy._needs('onnxruntime'), deploy.shape_of(net)
+    x = torch.randn(batch, c, h, w, generator=generator('bench', batch)).numpy()
     with tempfile.TemporaryDirectory() as d:
-        o = ort.SessionOptions(); o.log_severity_level, o.enable_profiling, o.profile_file_prefix = 3, True, f'{d}/p'
+        o = ort.SessionOptions()
+        o.log_severity_level, o.enable_profiling, o.profile_file_prefix = 3, True, f'{d}/p'
         if threads: o.intra_op_num_threads = threads
         session = ort.InferenceSession(_onnx(net, change), o, providers=['CPUExecutionProvider'])
-        x = {'image': torch.randn(batch, c, h, w, generator=generator('bench', batch)).numpy()}
-        for _ in range(times): session.run(None, x)
-        events = json.loads(Path(session.end_profiling()).read_text())
-    for e in events:
+        for _ in range(times): session.run(None, {'image': x})
+        return json.loads(Path(session.end_profiling()).read_text())
+
+def onnx_steps(net, batch: int,
+               threads: int | None = None,  # None: ONNX Runtime's choice
+               times: int = 20,             # runs
+               change: str = '',            # `joined`, `filled` or both, see above
+              ) -> list[dict]:
+    "ONNX Runtime's own profile: each step of the optimised graph, its shapes and shortest time."
+    best = {}
+    for e in _onnx_events(net, batch, threads, times, change):
         if e.get('cat') != 'Node' or not e['name'].endswith('_kernel_time'): continue
-        a = e['args']; shape = lambda side: [next(iter(s.values())) for s in a[f'{side}_type_shape']]
-        if e['name'] not in best or e['dur'] * 1e-6 < best[e['name']]['seconds']: best[e['name']] = {'op': a['op_name'], 'inputs': shape('input'), 'output': shape('output')[0], 'seconds': e['dur'] * 1e-6}
+        name, seconds, a = e['name'], e['dur'] * 1e-6, e['args']
+        shapes = lambda side: [next(iter(s.values())) for s in a[f'{side}_type_shape']]
+        if name in best and best[name]['seconds'] <= seconds: continue
+        best[name] = {'op': a['op_name'], 'inputs': shapes('input'), 'output': shapes('output')[0],
+                      'seconds': seconds}
     return list(best.values())
 
-def teacher_batches(s: Settings, nets, rt) -> dict[str, float]: # images per call → seconds per image
+# %% ../nbs/engine/bench.ipynb #b3c00004
+def teacher_batches(s: Settings, nets, rt) -> dict[str, float]: # images a call → seconds an image
     "Would teachers be faster in smaller or larger batches than the student's?"
     teachers, sizes = Teachers(nets, 5., rt), [max(1, s.batch // 4), s.batch, 2 * s.batch]
-    times = take_turns({b: functools.partial(teachers, rt.place(torch.randn(b, *deploy.shape_of(nets[0])))) for b in sizes}, s.rounds, rt.device)
+    images = {b: rt.place(torch.randn(b, *deploy.shape_of(nets[0]))) for b in sizes}
+    calls = {b: functools.partial(teachers, x) for b, x in images.items()}
+    times = take_turns(calls, s.rounds, rt.device)
     return {str(b): median(t, clock(rt)) / b for b, t in times.items()}
+
+def _graphs(nets):
+    "The networks that ONNX Runtime is asked to profile: name → network, change."
+    graphs = {'unpruned': (nets[0], ''), 'pruned': (nets[5], ''),
+              'pruned, filled to 8': (nets[5], ' filled')}
+    if not isinstance(nets[0], CifarResNet): return graphs
+    return {**graphs, 'unpruned, joined': (nets[0], 'joined'),
+            'pruned, joined, filled to 8': (nets[5], 'joined filled')}
 
 def profiles(s: Settings, nets, rt) -> dict:
     "All three looks at the first network, before and after five prunings."
-    data, found = random_images(s.batch), {}
-    steps = {'textbook': textbook(nets[0], data, s.batch, rt.device), 'ours': ours(nets[0], data, s.batch, rt), 'ours, after 5 prunings': ours(nets[5], data, s.batch, rt)}
-    found['operations'] = {n: operations(f, rt.device) for n, f in steps.items()}
-    found['layers'] = {n: {str(b): layer_speeds(net, b, rt, s.rounds) for b in sorted({1, s.batch})} for n, net in (('unpruned', nets[0]), ('pruned', nets[5]))}
-    found['teachers'] = teacher_batches(s, nets, rt)
-    graphs = {'unpruned': (nets[0], ''), 'pruned': (nets[5], ''), 'pruned, filled to 8': (nets[5], ' filled')} | ({'unpruned, joined': (nets[0], 'joined'), 'pruned, joined, filled to 8': (nets[5], 'joined filled')} if isinstance(nets[0], CifarResNet) else {})
-    if rt.device == 'cpu': found['onnx'] = {n: {str(b): onnx_steps(net, b, rt.threads, 30 if b == 1 else s.rounds, change) for b in sorted({1, s.batch})} for n, (net, change) in graphs.items()}
-    return found
+    data, sizes = random_images(s.batch), sorted({1, s.batch})
+    two = {'unpruned': nets[0], 'pruned': nets[5]}
+    steps = {'textbook': textbook(nets[0], data, s.batch, rt.device),
+             'ours': ours(nets[0], data, s.batch, rt),
+             'ours, after 5 prunings': ours(nets[5], data, s.batch, rt)}
+    layers = lambda net: {str(b): layer_speeds(net, b, rt, s.rounds) for b in sizes}
+    found = {'operations': {n: operations(f, rt.device) for n, f in steps.items()},
+             'layers': {n: layers(net) for n, net in two.items()},
+             'teachers': teacher_batches(s, nets, rt)}
+    if rt.device != 'cpu': return found
+    times = lambda b: 30 if b == 1 else s.rounds
+    steps = lambda net, change, b: onnx_steps(net, b, rt.threads, times(b), change)
+    inside = lambda *graph: {str(b): steps(*graph, b) for b in sizes}
+    return {**found, 'onnx': {n: inside(*graph) for n, graph in _graphs(nets).items()}}
 
 # %% ../nbs/engine/bench.ipynb #b746d091
 def run(s: Settings = Settings(),
@@ -365,76 +517,120 @@ def run(s: Settings = Settings(),
     "The whole benchmark."
     rt = rt or auto()
     begun, nets = time.perf_counter(), snapshots(s.networks[0])
-    found = {'schema': 1, 'settings': asdict(s), 'runtime': asdict(rt), 'where': where(rt), 'clock': clock(rt), 'machine': machine(rt), 'cases': {}, 'inference': {}}
+    found = {'schema': 1, 'settings': asdict(s), 'runtime': asdict(rt), 'where': where(rt),
+             'clock': clock(rt), 'machine': machine(rt), 'cases': {}, 'inference': {}}
+    makers = {'data': data_case, 'training': training_cases, 'distillation': distillation_case}
     with rt.active():
-        for part, cases in (('data', data_case), ('training', training_cases), ('distillation', distillation_case)):
-            if part not in s.what: continue
-            for name, case in cases(s, nets, rt).items():
+        for part in [p for p in makers if p in s.what]:
+            for name, case in makers[part](s, nets, rt).items():
                 say(f'{name}: {", ".join(case["ways"])}')
-                found['cases'][name] = {**case, 'ways': take_turns(case['ways'], s.rounds, rt.device)}
+                times = take_turns(case['ways'], s.rounds, rt.device)
+                found['cases'][name] = {**case, 'ways': times}
         for arch in s.networks if 'inference' in s.what else ():
-            say(f'inference: {arch}'); found['inference'][arch] = inference(arch, s, rt)
-        if 'profile' in s.what: say('profiles'); found['profile'] = profiles(s, nets, rt)
-    return {**found, 'load_after': where(rt)['load'], 'seconds': round(time.perf_counter() - begun, 1)}
+            say(f'inference: {arch}')
+            found['inference'][arch] = inference(arch, s, rt)
+        if 'profile' in s.what:
+            say('profiles')
+            found['profile'] = profiles(s, nets, rt)
+    seconds = round(time.perf_counter() - begun, 1)
+    return {**found, 'load_after': where(rt)['load'], 'seconds': seconds}
 
 # %% ../nbs/engine/bench.ipynb #894ba670
+def _table(head, rows): # Markdown
+    line = lambda cells: f'| {" | ".join(cells)} |'
+    return '\n'.join([line(head), '|' + '---|' * len(head), *map(line, rows)])
+
 def training_table(found: dict) -> str: # Markdown
     "The cases: images per second, share of the machine's best, times faster than the textbook."
-    rows, c = ['| work | way | images/s | of the peak | times the textbook |', '|---|---|---|---|---|'], found['clock']
+    rows, c, peak = [], found['clock'], found['machine']['flops']
     for name, case in found['cases'].items():
-        for i, (way, t) in enumerate(case['ways'].items()):
-            share = f'{case["flops"] / median(t, c) / found["machine"]["flops"]:.0%}' if case['flops'] else ''
-            rows.append(f'| {name if i == 0 else ""} | {way} | {case["images"] / median(t, c):,.0f} | {share} | {shown(gain(case["ways"]["textbook"], t, c)) if i else ""} |')
-    return '\n'.join(rows)
+        usual = case['ways']['textbook']
+        for way, t in case['ways'].items():
+            s, first = median(t, c), way == 'textbook'
+            share = f'{case["flops"] / s / peak:.0%}' if case['flops'] else ''
+            times = '' if first else shown(gain(usual, t, c))
+            rows.append([name if first else '', way, f'{case["images"] / s:,.0f}', share, times])
+    return _table(['work', 'way', 'images/s', 'of the peak', 'times the textbook'], rows)
 
-def best_way(cases: dict, clock: str) -> tuple[str, str]: # for the unpruned network, for the pruned one
+def best_way(cases: dict, clock: str) -> tuple[str, str]: # of the unpruned network, of the pruned
     "The fastest way for each of the two."
-    return tuple(min(cases, key=lambda w: median(cases[w][which], clock)) for which in ('unpruned', 'pruned'))
+    fastest = lambda which: min(cases, key=lambda w: median(cases[w][which], clock))
+    return fastest('unpruned'), fastest('pruned')
 
 def inference_table(found: dict) -> str: # Markdown
-    "Pruned against unpruned, way by way, beside the MACs; the last line compares the fastest way of each."
-    rows, c = ['| network | images | way | unpruned (ms) | pruned (ms) | times faster | of the MACs ratio |', '|---|---|---|---|---|---|---|'], found['clock']
+    "Pruned against unpruned, way by way, beside the MACs; last the fastest way of each."
+    rows, c, ms = [], found['clock'], lambda t: f'{1000 * median(t, found["clock"]):.2f}'
     for arch, one in found['inference'].items():
         ratio = one['macs'][0] / one['macs'][1]
         for b, ways in one['batches'].items():
             a, z = best_way(ways, c)
-            for way, old, new in [*((w, t['unpruned'], t['pruned']) for w, t in ways.items()), ('**the fastest of each**', ways[a]['unpruned'], ways[z]['pruned'])]:
+            both = {w: (t['unpruned'], t['pruned']) for w, t in ways.items()}
+            both['**the fastest of each**'] = ways[a]['unpruned'], ways[z]['pruned']
+            for way, (old, new) in both.items():
                 g = gain(old, new, c)
-                rows.append(f'| {arch} | {b} | {way} | {1000 * median(old, c):.2f} | {1000 * median(new, c):.2f} | {shown(g)} | {g["median"] / ratio:.0%} of {ratio:.2f} |')
-    return '\n'.join(rows)
+                share = f'{g["median"] / ratio:.0%} of {ratio:.2f}'
+                rows.append([arch, b, way, ms(old), ms(new), shown(g), share])
+    return _table(['network', 'images', 'way', 'unpruned (ms)', 'pruned (ms)', 'times faster',
+                   'of the MACs ratio'], rows)
 
 # %% ../nbs/engine/bench.ipynb #6c8079fa
+def _conditions(found):
+    "On what, and how, it was measured, in words."
+    w, m, rounds = found['where'], found['machine'], found['settings']['rounds']
+    time = 'processor time' if found['clock'] == 'cpu' else 'wall'
+    return (f'{w["name"]}, {w["cores"]} cores, {w["threads"]} thread(s) used, {w["device"]}, '
+            f'{found["runtime"]["precision"]}, torch {w["torch"]}; '
+            f'load {w["load"]} before, {found["load_after"]} after. '
+            f'A matrix product reaches {m["flops"] / 1e9:,.0f} GFLOP/s, '
+            f'a copy moves {m["bytes"] / 1e9:.1f} GB/s. Clock: {time}. '
+            f'Ratios are medians of {rounds} rounds with their quartiles.')
+
 def tables(found: dict) -> str: # Markdown
     "Everything as text."
-    w, m = found['where'], found['machine']
-    head = (f'{w["name"]}, {w["cores"]} cores, {w["threads"]} thread(s) used, {w["device"]}, {found["runtime"]["precision"]}, torch {w["torch"]}; load {w["load"]} before, {found["load_after"]} after. '
-            f'A matrix product reaches {m["flops"] / 1e9:,.0f} GFLOP/s, a copy moves {m["bytes"] / 1e9:.1f} GB/s. Clock: {"processor time" if found["clock"] == "cpu" else "wall"}. Ratios are medians of {found["settings"]["rounds"]} rounds with their quartiles.')
-    return '\n\n'.join([head, *([training_table(found)] if found['cases'] else []), *([inference_table(found)] if found['inference'] else [])])
+    parts = [_conditions(found)]
+    if found['cases']: parts.append(training_table(found))
+    if found['inference']: parts.append(inference_table(found))
+    return '\n\n'.join(parts)
 
+def fastest(found: dict) -> dict: # (network, images) → ways, gain, MACs ratio
+    "What deploying the pruned instead of the unpruned network gains, the best way for each."
+    out, c = {}, found['clock']
+    for arch, one in found['inference'].items():
+        for b, ways in one['batches'].items():
+            old, new = best_way(ways, c)
+            better = gain(ways[old]['unpruned'], ways[new]['pruned'], c)
+            ratio = one['macs'][0] / one['macs'][1]
+            out[arch, b] = {'ways': (old, new), 'gain': better, 'macs': ratio}
+    return out
+
+# %% ../nbs/engine/bench.ipynb #b3c00005
 def _bars(ax, gains, label):
     "One bar per name, with its quartiles; a line at 1."
     g = list(gains.values())
-    ax.barh(range(len(g)), [x['median'] for x in g], .6, color=report.COLORS['kesi'], xerr=[[x['median'] - x['low'] for x in g], [x['high'] - x['median'] for x in g]], error_kw={'lw': 1})
-    ax.set_yticks(range(len(g)), list(gains), fontsize=8); ax.invert_yaxis()
-    ax.axvline(1, color=report.COLORS['baseline'], lw=1); ax.set_xlabel(label)
-
-def fastest(found: dict) -> dict: # (network, images) → unpruned and pruned network, each in its fastest way; and the MACs ratio
-    "What deploying the pruned network instead of the unpruned one gains, the best way for each."
-    out = {}
-    for arch, one in found['inference'].items():
-        for b, ways in one['batches'].items():
-            old, new = best_way(ways, found['clock'])
-            out[arch, b] = {'ways': (old, new), 'gain': gain(ways[old]['unpruned'], ways[new]['pruned'], found['clock']), 'macs': one['macs'][0] / one['macs'][1]}
-    return out
+    error = [[x['median'] - x['low'] for x in g], [x['high'] - x['median'] for x in g]]
+    ax.barh(range(len(g)), [x['median'] for x in g], .6, color=report.COLORS['kesi'], xerr=error,
+            error_kw={'lw': 1})
+    ax.set_yticks(range(len(g)), list(gains), fontsize=8)
+    ax.invert_yaxis()
+    ax.axvline(1, color=report.COLORS['baseline'], lw=1)
+    ax.set_xlabel(label)
 
 def bars(found: dict):
-    "The ratios as bars with their quartiles: ours against the textbook, and pruned against unpruned beside the MACs."
+    "The ratios with their quartiles: ours against the textbook, pruned against unpruned."
     c, (fig, (left, right)) = found['clock'], report.figure(1, 2, (10, 3.4))
-    _bars(left, {n: gain(k['ways']['textbook'], k['ways']['ours'], c) for n, k in found['cases'].items()}, 'ours: times as fast as the textbook')
-    left.set_xscale('log'); left.set_xlim(.8); left.set_xticks(t := [1, 2, 5, 10, 20], t); left.minorticks_off()
+    cases = {n: case['ways'] for n, case in found['cases'].items()}
+    usual = {n: gain(ways['textbook'], ways['ours'], c) for n, ways in cases.items()}
+    _bars(left, usual, 'ours: times as fast as the textbook')
+    left.set_xscale('log')
+    left.set_xlim(.8)
+    left.set_xticks(t := [1, 2, 5, 10, 20], t)
+    left.minorticks_off()
     best = fastest(found)
-    _bars(right, {f'{a}, {b} image{"s" * (b != "1")}': v['gain'] for (a, b), v in best.items()}, 'pruned: times as fast, fastest way of each')
-    right.plot([v['macs'] for v in best.values()], range(len(best)), 'd', color=report.COLORS['ensemble'], label='MACs ratio'); right.legend(fontsize=8)
+    said = {f'{a}, {b} image{"s" * (b != "1")}': v['gain'] for (a, b), v in best.items()}
+    _bars(right, said, 'pruned: times as fast, fastest way of each')
+    macs = [v['macs'] for v in best.values()]
+    right.plot(macs, range(len(best)), 'd', color=report.COLORS['ensemble'], label='MACs ratio')
+    right.legend(fontsize=8)
     return fig
 
 def write(found: dict, path) -> Path: # of the JSON; the picture lies beside it

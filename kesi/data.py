@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from .paper import UserError
 from .runtime import KesiError, Runtime, generator, locked
 
@@ -167,42 +168,67 @@ def normaliser(data: Dataset, rt: Runtime):
     form = torch.channels_last if rt.channels_last else torch.contiguous_format
     return lambda images: torch.addcmul(shift, images.to(rt.dtype), scale).contiguous(memory_format=form)
 
+# %% ../nbs/engine/data.ipynb #c05b0004
+def _cut(t, batch):
+    "Cut into batches. A single image left over joins the batch before it: batch norm needs two."
+    starts = list(range(0, len(t), batch))
+    if len(t) > batch and len(t) % batch == 1: del starts[-1]
+    return [t[a:b] for a, b in zip(starts, [*starts[1:], len(t)])]
+
 # %% ../nbs/engine/data.ipynb #b089586f
 class Loader:
     "Batches of normalised images on the device."
     def __init__(self,
                  data: Dataset,       # where mean, std, padding and mirroring come from
                  split: Split,        # the images to serve
-                 batch: int,          # images per batch; the last one may be smaller
+                 batch: int,          # images per batch; the last one may be another (`batches`)
                  rt: Runtime = Runtime()):
         self.data, self.split, self.batch, self.rt = data, split.to(rt.device), batch, rt
+        self.of_test = split is data.test
         self.normalise = normaliser(data, rt)
         self.whole = (lambda x: self.normalise(centre_view(x, data.view))) if data.view else self.normalise
 
-    def __len__(self): return math.ceil(len(self.split) / self.batch)
+    def __len__(self): return len(_cut(range(len(self.split)), self.batch))
     @property
     def images(self): return len(self.split)
 
+    def batches(self, t): # anything with an entry for each image
+        "Cut into batches."
+        return _cut(t, self.batch)
+
     def __iter__(self):
         "The images as they are, in order."
-        for x, y in zip(self.split.images.split(self.batch), self.split.labels.split(self.batch)): yield self.whole(x), y
+        for x, y in zip(*map(self.batches, (self.split.images, self.split.labels))):
+            yield self.whole(x), y
 
     def _draw(self, g, n):
         "Random numbers for n images, and what makes a training batch of some images with their share of these."
+        mirror = lambda: (torch.rand(n, generator=g) < .5) & self.data.flip
         if side := self.data.view:
-            boxes, mirror = random_boxes(n, self.split.images.shape[-1], g), (torch.rand(n, generator=g) < .5) & self.data.flip
-            return (boxes, mirror), lambda x, boxes, mirror: resized_crop(x, boxes, mirror, side)
+            boxes = random_boxes(n, self.split.images.shape[-1], g)
+            return (boxes, mirror()), lambda x, *how: resized_crop(x, *how, side)
         high = 2 * self.data.pad + 1
         dy, dx = torch.randint(high, (n,), generator=g), torch.randint(high, (n,), generator=g)
-        return (dy, dx, (torch.rand(n, generator=g) < .5) & self.data.flip), lambda x, *how: crop_flip(x, *how, self.data.pad)
+        return (dy, dx, mirror()), lambda x, *how: crop_flip(x, *how, self.data.pad)
 
-    def epoch(self, *seed):
-        "One epoch of training: shuffled, cropped and mirrored, all drawn from the named seed."
-        g, n = generator(*seed, 'images'), len(self.split)
-        order = torch.randperm(n, generator=g)
-        drawn, change = self._draw(g, n)
-        drawn = [t.to(self.rt.device).split(self.batch) for t in (order, *drawn)]
-        for i, *how in zip(*drawn): yield self.normalise(change(self.split.images[i], *how)), self.split.labels[i]
+
+# %% ../nbs/engine/data.ipynb #c05b0003
+@patch
+def epoch(self: Loader, *seed):
+    "One epoch of training: shuffled, cropped and mirrored, all drawn from the named seed."
+    g, n = generator(*seed, 'images'), len(self.split)
+    order = torch.randperm(n, generator=g)
+    drawn, change = self._draw(g, n)
+    drawn = [self.batches(t.to(self.rt.device)) for t in (order, *drawn)]
+    for i, *how in zip(*drawn):
+        yield self.normalise(change(self.split.images[i], *how)), self.split.labels[i]
+
+@patch
+def view(self: Loader, *seed):
+    "One view of every image, drawn from the named seed: a function from image numbers to batches."
+    drawn, change = self._draw(generator(*seed, 'images'), len(self.split))
+    drawn = [t.to(self.rt.device) for t in drawn]
+    return lambda i: self.normalise(change(self.split.images[i], *(t[i] for t in drawn)))
 
 # %% ../nbs/engine/data.ipynb #741a8911
 def data_root(root=None) -> Path:

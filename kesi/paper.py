@@ -227,6 +227,7 @@ def _whole(low, high=10**9): return Rule(f'a whole number from {low}' + (f' to {
                                         lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high)
 def _number(text, ok): return Rule(f'a number {text}', lambda v: _is_number(v) and ok(v))
 def _choice(*names): return Rule('one of ' + ', '.join(names), lambda v: isinstance(v, str) and v in names)
+def _or_null(rule): return Rule(f'{rule.text}, or null', lambda v: v is None or rule.ok(v))
 def _several(rule, optional=False):
     return Rule(f'a list, each {rule.text}' + (', or null' if optional else ''),
                 lambda v: (optional and v is None) or (isinstance(v, tuple) and len(v) > 0 and all(map(rule.ok, v))))
@@ -284,6 +285,7 @@ class Recipe:
     distill_lr: float = _f(1e-3, _positive, 'distillation: peak learning rate (Adam, one-cycle)')
     temperature: float = _f(5., _positive, 'distillation: temperature of both softmaxes')
     reduction: str = _f('batchmean', _choice('batchmean', 'mean'), "distillation: KL per image, or divided by the classes too, as in the authors' code")
+    views: int | None = _f(None, _or_null(_whole(1)), 'distillation: views of each image, answered once and seen again; null: always new ones')
 
     def __post_init__(self): _check(self)
 

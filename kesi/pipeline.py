@@ -24,7 +24,8 @@ from .models import Network, Spec, build, load as load_network, pretrained, save
 from .paper import Recipe, UserError
 from .pruning import prune_filters, prune_weights
 from .runtime import Busy, DamagedFile, Diverged, KesiError, Runtime, StoreError, auto, describe, digest, locked, sha256, sync_folder, write_atomic, write_json
-from .training import Training, answers, fit, loaders
+from .schedules import Training
+from .training import answers, fit, measured_batches
 
 # %% ../nbs/08_kesi.ipynb #5bc4a435
 def _plain(v):
@@ -106,6 +107,10 @@ class Distill(Stage):
     on: Numerics
     hard: float | None = None    # weight of a cross-entropy with the true labels
     mean: str | None = None      # average the teachers' `logits` instead of their probabilities
+    views: int | None = None     # of each image, answered once and seen again; the paper's are always new
+
+    @property
+    def version(self): return 2 if self.training.cycle_momentum else 1    # 2: Adam's first beta does cycle
 
 # %% ../nbs/08_kesi.ipynb #3af7b611
 @patch
@@ -126,7 +131,7 @@ def compute(self: Retrain, network, data, rt, **kw):
 
 @patch
 def compute(self: Distill, network, data, rt, **kw):
-    other = {n: v for n in ('hard', 'mean') if (v := getattr(self, n)) is not None}
+    other = {n: v for n in ('hard', 'mean', 'views') if (v := getattr(self, n)) is not None}
     return distill(network(self.student), [network(t) for t in self.teachers], data, self.training, self.temperature, self.reduction, rt, seed=(self.seed, 'distill'), **other, **kw)
 
 # %% ../nbs/08_kesi.ipynb #56cb5707
@@ -161,7 +166,8 @@ def graph(r: Recipe, seed: int, data: Dataset, rt: Runtime) -> dict[str, Stage]:
         for i in range(r.iterations): stages[f'{chain} {i+1}'] = last = Retrain(_prune(r, last, i, on), t[chain], seed, i + 1, on)
     if 'kesi' in r.variants:
         snapshots = tuple(s for n, s in stages.items() if not n.startswith('pfec'))
-        stages['kesi'] = Distill(snapshots[-1], snapshots, t['kesi'], r.temperature, r.reduction, seed, on)
+        how = (t['kesi'], r.temperature, r.reduction, seed, on)
+        stages['kesi'] = Distill(snapshots[-1], snapshots, *how, views=r.views)
     return stages
 
 def lineage(stages) -> list[Stage]:
@@ -256,7 +262,7 @@ def keep(self: Store, net, path):
 # %% ../nbs/08_kesi.ipynb #e4213ac3
 def measure(net: Network, data: Dataset, rt: Runtime) -> tuple[dict, dict]:
     "What a manifest says about a network, and its logits on the test split with the labels."
-    z, y = answers(rt.place(net), loaders(data, 500, rt)[1], rt)
+    z, y = answers(rt.place(net), measured_batches(data, rt), rt)
     z, y = z.float().cpu(), y.cpu()
     metrics = {'accuracy': (z.argmax(1) == y).double().mean().item(), 'loss': torch.nn.functional.cross_entropy(z, y).item(), **dataclasses.asdict(count(net, data.size))}
     if not math.isfinite(metrics['loss']): raise Diverged(f'the test loss of the finished network is {metrics["loss"]}; try a lower learning rate or float32 precision')
@@ -369,7 +375,9 @@ def epoch_work(r: Recipe,
     cost = [image_macs(r.arch, r.widths(i), side) for i in range(r.iterations + 1)]
     epoch = [(3 * train + test) * c for c in cost]
     again = {f'{chain} {i}': epoch[i] for chain in chains(r) for i in range(1, r.iterations + 1)}
-    return {'baseline': epoch[0], **again, **({'kesi': epoch[-1] + train * sum(cost)} if 'kesi' in r.variants else {})}
+    asked = min(1, (r.views or math.inf) / r.distill_epochs)       # of the epochs: views are answered once
+    distilled = epoch[-1] + asked * train * sum(cost)
+    return {'baseline': epoch[0], **again, **({'kesi': distilled} if 'kesi' in r.variants else {})}
 
 def work_of(r: Recipe, stages: dict, data: Dataset) -> dict[str, float]:
     "The work of one epoch of each stage, by key."

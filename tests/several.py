@@ -5,12 +5,12 @@ from kesi import cli, training
 from kesi.data import Dataset, Loader, Split
 from kesi.models import Spec, build
 from kesi.runtime import Runtime, launched
-from kesi.training import Training
+from kesi.schedules import Training
 
 def runtime(**kw): return Runtime(threads=1, processes=launched(), **kw)
 
-def uneven(train=65, test=53):
-    "Sets that neither 2 nor 3 processes can divide evenly; 65 images in batches of 16 leave one for the last."
+def uneven(train=66, test=53):
+    "Sets that neither 2 nor 3 processes can divide evenly; 66 images in batches of 16 leave two for the last, too few for 3."
     d = drive.blobs()
     images, labels = torch.cat([d.train.images, d.test.images]), torch.cat([d.train.labels, d.test.labels])
     return Dataset('uneven', Split(images[:train], labels[:train]), Split(images[-test:], labels[-test:]), d.classes, d.mean, d.std, flip=False)

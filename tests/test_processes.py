@@ -18,7 +18,7 @@ def test_gradients_are_those_of_one_process(tmp_path, n):
     for a, b in zip(got['gradients'], want['gradients']): assert_close(a, b, rtol=1e-9, atol=1e-12)
     for key in ('weights', 'history'): assert_close(got[key], want[key], rtol=1e-9, atol=1e-12)
     for split in ('train', 'test'):              # counted over exactly the whole set
-        counts = [round(r[f'{split}_accuracy'] * (65 if split == 'train' else 53), 9) for r in got['history']]
+        counts = [round(r[f'{split}_accuracy'] * (66 if split == 'train' else 53), 9) for r in got['history']]
         assert all(c == round(c) for c in counts), counts
     assert_close(got['measured'], want['measured'], rtol=1e-9, atol=0)
 

@@ -169,7 +169,7 @@ EMPTY = [('kesi_run', ['']), ('kesi_run', ['--recipe', '']), ('kesi_run', ['--de
          ('kesi_export', ['x', 'x.onnx', '--factory', '']), ('kesi_bench', ['--out', '']),
          ('kesi_sweep', ['']), ('kesi_sweep', ['--out', '', '--dry-run']),
          ('kesi_store', ['list', '']), ('kesi_store', ['clean', '', '--yes']),
-         ('kesi_study', ['']), ('kesi_study', ['--folder', ''])]
+         ('kesi_study', ['']), ('kesi_study', ['teachers', '--out', ''])]
 
 @pytest.mark.parametrize('name, argv', EMPTY, ids=lambda v: v if isinstance(v, str) else ' '.join(v))
 def test_an_empty_word_is_a_mistake(tmp_path, capsys, monkeypatch, name, argv):
@@ -247,10 +247,9 @@ def test_export_of_a_broken_record(tiny, tmp_path, capsys, content, of):
     assert code in (1, 2) and said.count('\n') == 1 and 'run.json' in said
     assert not (tmp_path/'x.onnx').exists()
 
-@pytest.mark.parametrize('command', ('kesi_run', 'kesi_sweep', 'kesi_bench'))
-def test_how_often_the_test_split_is_measured(command):
-    parser = {'kesi_run': cli._run_parser, 'kesi_sweep': cli._sweep_parser, 'kesi_bench': cli._bench_parser}
-    parse = parser[command]().parse_args
+@pytest.mark.parametrize('parser', (cli._run_parser, cli._sweep_parser))
+def test_how_often_the_test_split_is_measured(parser):
+    parse = parser().parse_args
     assert cli._runtime(parse(['--evaluate', '3'])).evaluate == 3
     assert cli._runtime(parse([])).evaluate is None
     for bad in ('0', '-1', '1.5', 'x', ''): assert exit_code(lambda: parse(['--evaluate', bad])) == 2

@@ -136,7 +136,7 @@ def build(spec: Spec,      # what to build
          ) -> Network:     # in training mode, on the CPU, float32
     "A network with fresh random weights."
     with torch.random.fork_rng(devices=[]), torch.device('cpu'):
-        torch.manual_seed(derive_seed(seed, 'weights'))
+        torch.default_generator.manual_seed(derive_seed(seed, 'weights'))   # the CPU's alone
         net = _BUILDERS[paper.family(spec.arch)](spec)
         _initialise(net)
     return net

@@ -222,23 +222,27 @@ class Rule(NamedTuple):
     text: str        # says in words what is allowed
     ok: Callable     # value → is it allowed?
 
-def _is_number(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
-def _whole(low, high=10**9): return Rule(f'a whole number from {low}' + (f' to {high}' if high < 10**9 else ''),
-                                        lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high)
+def _is_whole(v): return isinstance(v, int) and not isinstance(v, bool)
+def _is_number(v): return (_is_whole(v) or isinstance(v, float)) and math.isfinite(v)
+def _whole(low, high=10**9):
+    upper = f' to {high}' if high < 10**9 else ''
+    return Rule(f'a whole number from {low}{upper}', lambda v: _is_whole(v) and low <= v <= high)
+
+def _text(text, ok): return Rule(text, lambda v: isinstance(v, str) and ok(v))
 def _number(text, ok): return Rule(f'a number {text}', lambda v: _is_number(v) and ok(v))
-def _choice(*names): return Rule('one of ' + ', '.join(names), lambda v: isinstance(v, str) and v in names)
+def _choice(*names): return _text('one of ' + ', '.join(names), lambda v: v in names)
 def _or_null(rule): return Rule(f'{rule.text}, or null', lambda v: v is None or rule.ok(v))
-def _several(rule, optional=False):
-    return Rule(f'a list, each {rule.text}' + (', or null' if optional else ''),
-                lambda v: (optional and v is None) or (isinstance(v, tuple) and len(v) > 0 and all(map(rule.ok, v))))
+def _several(rule):
+    def ok(v): return isinstance(v, tuple) and len(v) > 0 and all(map(rule.ok, v))
+    return Rule(f'a list, each {rule.text}', ok)
 
 _positive = _number('above 0', lambda v: v > 0)
 _not_negative = _number('from 0', lambda v: v >= 0)
 _share = _number('from 0 to below 1', lambda v: 0 <= v < 1)
 _up_to_one = _number('above 0, at most 1', lambda v: 0 < v <= 1)
-def _text(text, ok): return Rule(text, lambda v: isinstance(v, str) and ok(v))
-def is_own(arch: str) -> bool: # is it a network that is not one of ours, named `own:…` (the chapter on any network)?
-    "Recipes of networks that we did not build say so in their name."
+
+def is_own(arch: str) -> bool: # is it a network that is not one of ours, named `own:…`?
+    "Recipes of networks that we did not build say so in their name (the chapter on any network)."
     return str(arch).startswith('own:') and len(arch) > 4
 
 def _known(arch):
@@ -253,23 +257,33 @@ def _f(default, rule, doc): return field(default=default, metadata={'rule': rule
 #| code-summary: "All fields of a recipe"
 @dataclass(frozen=True)
 class Recipe:
-    "One experiment: what to train on, what to prune, how to retrain, how to distil. Defaults are the paper's."
-    data: str = _f('digits', _text('the name of a dataset', lambda v: bool(v)), 'dataset, see `kesi.data.NAMES`')
+    "One experiment: data, network, how to prune, retrain and distil. Defaults are the paper's."
+    data: str = _f('digits', _text('the name of a dataset', bool), 'dataset, see `kesi.data.NAMES`')
     arch: str = _f('resnet20', _text('a network such as ' + ', '.join(NETWORKS), _known), 'network')
-    init: str = _f('random', _choice('random', 'imagenet'), 'start of the baseline: random, or weights trained on ImageNet (ResNet-18/34)')
-    method: str = _f('filters', _choice('filters', 'weights'), 'prune whole filters (PFEC) or single weights (MWP)')
-    rates: tuple | None = _f(None, _several(_share, True), 'filters: rates of one pruning: one for all, one per network stage or one per width; null: the published plan')
-    multiple: int = _f(1, _whole(1, 512), 'filters: round kept widths to the nearest multiple of this')
-    shares: tuple | None = _f(None, _several(_share, True), 'weights: share of zeros after each pruning; null: the published plan')
+    init: str = _f('random', _choice('random', 'imagenet'),
+        'start of the baseline: random, or weights trained on ImageNet (ResNet-18/34)')
+    method: str = _f('filters', _choice('filters', 'weights'),
+        'prune whole filters (PFEC) or single weights (MWP)')
+    rates: tuple | None = _f(None, _or_null(_several(_share)),
+        'filters: rates of one pruning: one for all, one per network stage or one per width; '
+        'null: the published plan')
+    multiple: int = _f(1, _whole(1, 512),
+        'filters: round kept widths to the nearest multiple of this')
+    shares: tuple | None = _f(None, _or_null(_several(_share)),
+        'weights: share of zeros after each pruning; null: the published plan')
     iterations: int = _f(5, _whole(1, 50), 'how often to prune and retrain')
     variants: tuple = _f(VARIANTS, _several(_choice(*VARIANTS)), 'which variants to run')
     seeds: int = _f(3, _whole(1, 10_000), 'repeat with seeds 0, 1, …')
-    valid: float = _f(0., _share, 'share of the training images held out; accuracies are then of these, never of the test set')
+    valid: float = _f(0., _share,
+        'share of the training images held out; accuracies are then of these, '
+        'never of the test set')
     epochs: int = _f(300, _whole(1), 'baseline: epochs')
     batch: int = _f(64, _whole(1), 'baseline: images per step')
     lr: float = _f(.1, _positive, 'baseline: learning rate (SGD)')
-    schedule: str = _f('step', _choice('step', 'one-cycle', 'constant'), 'baseline: course of the learning rate')
-    milestones: tuple = _f((.5, .75), _several(_up_to_one), 'baseline, step: when the rate drops, as shares of the epochs')
+    schedule: str = _f('step', _choice('step', 'one-cycle', 'constant'),
+        'baseline: course of the learning rate')
+    milestones: tuple = _f((.5, .75), _several(_up_to_one),
+        'baseline, step: when the rate drops, as shares of the epochs')
     gamma: float = _f(.1, _up_to_one, 'baseline, step: factor of each drop')
     weight_decay: float = _f(1e-4, _not_negative, 'baseline: weight decay')
     momentum: float = _f(.9, _share, 'SGD momentum everywhere')
@@ -279,13 +293,16 @@ class Recipe:
     small_lr: float = _f(1e-3, _positive, 'retraining, pfec: the small fixed learning rate')
     retrain_weight_decay: float = _f(1e-4, _not_negative, 'retraining: weight decay')
     warmup: float = _f(.1, _share, 'one-cycle: share of the steps before the peak')
-    cycle_momentum: bool = _f(False, Rule('true or false', lambda v: isinstance(v, bool)), "one-cycle: let momentum run 0.95 → 0.85 → 0.95, as the authors' code does")
+    cycle_momentum: bool = _f(False, Rule('true or false', lambda v: isinstance(v, bool)),
+        "one-cycle: let momentum run 0.95 → 0.85 → 0.95, as the authors' code does")
     distill_epochs: int = _f(40, _whole(1), 'distillation: epochs')
     distill_batch: int = _f(128, _whole(1), 'distillation: images per step')
     distill_lr: float = _f(1e-3, _positive, 'distillation: peak learning rate (Adam, one-cycle)')
     temperature: float = _f(5., _positive, 'distillation: temperature of both softmaxes')
-    reduction: str = _f('batchmean', _choice('batchmean', 'mean'), "distillation: KL per image, or divided by the classes too, as in the authors' code")
-    views: int | None = _f(None, _or_null(_whole(1)), 'distillation: views of each image, answered once and seen again; null: always new ones')
+    reduction: str = _f('batchmean', _choice('batchmean', 'mean'),
+        "distillation: KL per image, or divided by the classes too, as in the authors' code")
+    views: int | None = _f(None, _or_null(_whole(1)),
+        'distillation: views of each image, answered once and seen again; null: always new ones')
 
     def __post_init__(self): _check(self)
 
@@ -300,20 +317,25 @@ class Recipe:
 #| code-fold: true
 #| code-summary: "How a recipe is checked"
 def _check(r):
-    "Hold every field of a recipe against its rule; lists become tuples, and whole numbers become floats where floats are meant."
+    "Hold every field against its rule; lists become tuples, whole numbers floats where those fit."
     for f in fields(r):
-        v = getattr(r, f.name)
-        if isinstance(v, list): object.__setattr__(r, f.name, v := tuple(v))
-        if f.type in ('float', float) and isinstance(v, int) and not isinstance(v, bool): object.__setattr__(r, f.name, v := float(v))
-        if not f.metadata['rule'].ok(v): raise UserError(f'{f.name} must be {f.metadata["rule"].text}; got {v!r}')
-    if not is_own(r.arch): _check_plan(r)                   # the widths of networks of one's own are known when they are seen
+        v, rule = getattr(r, f.name), f.metadata['rule']
+        if isinstance(v, list): v = tuple(v)
+        if f.type in ('float', float) and _is_whole(v): v = float(v)
+        if not rule.ok(v): raise UserError(f'{f.name} must be {rule.text}; got {v!r}')
+        object.__setattr__(r, f.name, v)
+    if not is_own(r.arch): _check_plan(r)   # other networks have no plan until they are seen
 
 def _check_plan(r):
     "The plan must leave something of every layer, and fit the number of prunings."
-    if r.init == 'imagenet' and family(r.arch) != 'imagenet': raise UserError(f'init=imagenet exists for resnet18 and resnet34 only, not for {r.arch}')
+    if r.init == 'imagenet' and family(r.arch) != 'imagenet':
+        raise UserError(f'init=imagenet exists for resnet18 and resnet34 only, not for {r.arch}')
     if r.method == 'filters': r.widths(r.iterations)
-    elif (n := len(r.pruning)) != r.iterations: raise UserError(f'shares must have one number per pruning: {r.iterations}, got {n}')
-    elif list(r.pruning) != sorted(r.pruning): raise UserError(f'shares must not fall from one pruning to the next; got {r.pruning}')
+    elif len(r.pruning) != r.iterations:
+        raise UserError(f'shares must have one number per pruning: {r.iterations}, '
+                        f'got {len(r.pruning)}')
+    elif list(r.pruning) != sorted(r.pruning):
+        raise UserError(f'shares must not fall from one pruning to the next; got {r.pruning}')
 
 # %% ../nbs/01_paper.ipynb #bafbb6a0
 #| code-fold: true
@@ -322,9 +344,10 @@ from fastcore.basics import patch
 
 @patch(as_prop=True)
 def pruning(self: Recipe) -> tuple[float, ...]:
-    "Filters: the rates of one pruning, one per width. Weights: the share of zeros after each pruning."
-    if is_own(self.arch): return (self.rates if self.method == 'filters' else self.shares) or ()
-    if self.method == 'filters': return plan(self.arch) if self.rates is None else expand(self.arch, self.rates)
+    "Filters: rates of one pruning, one per width. Weights: share of zeros after each pruning."
+    filters = self.method == 'filters'
+    if is_own(self.arch): return (self.rates if filters else self.shares) or ()
+    if filters: return plan(self.arch) if self.rates is None else expand(self.arch, self.rates)
     return shares(self.arch)[:self.iterations] if self.shares is None else self.shares
 
 @patch
@@ -337,13 +360,17 @@ def widths(self: Recipe,
         for _ in range(times): w = shrink(w, self.pruning, self.multiple)
     return w
 
+_EPOCHS = ('epochs', 'retrain_epochs', 'distill_epochs')
+
 @patch
 def budget(self: Recipe,
            share: float, # factor for all epoch counts, above 0
           ) -> Recipe:   # the same recipe with fewer (or more) epochs, at least one each
     "Shrink (or stretch) all epoch counts in proportion."
-    if not _is_number(share) or not 0 < share <= 1e6: raise UserError(f'a budget must be a number above 0 (and at most a million); got {share!r}')
-    return dataclasses.replace(self, **{n: max(1, round(getattr(self, n) * share)) for n in ('epochs', 'retrain_epochs', 'distill_epochs')})
+    if not _is_number(share) or not 0 < share <= 1e6:
+        raise UserError(f'a budget must be a number above 0 (and at most a million); got {share!r}')
+    epochs = {n: max(1, round(getattr(self, n) * share)) for n in _EPOCHS}
+    return dataclasses.replace(self, **epochs)
 
 # %% ../nbs/01_paper.ipynb #df848097
 #| code-fold: true
@@ -352,22 +379,33 @@ def to_json(r: Recipe) -> str:
     "The recipe as JSON, one field per line."
     return json.dumps(dataclasses.asdict(r), indent=1)
 
+def _check_object(values):
+    "A recipe in JSON is an object."
+    if isinstance(values, dict): return
+    raise UserError(f'a recipe must be a JSON object of fields; got {type(values).__name__}')
+
 def from_dict(values: dict, # field → value
               base: Recipe | None = None, # fields not given are taken from here; None: the defaults
              ) -> Recipe:
     "A recipe from a dictionary, or a `UserError` that names the unknown field."
-    if not isinstance(values, dict): raise UserError(f'a recipe must be a JSON object of fields; got {type(values).__name__}')
+    _check_object(values)
     known = [f.name for f in fields(Recipe)]
     for n in values:
-        if n not in known: raise UserError(f'a recipe has no field {n!r}; allowed are {", ".join(known)}')
+        if n in known: continue
+        raise UserError(f'a recipe has no field {n!r}; allowed are {", ".join(known)}')
     return dataclasses.replace(base or Recipe(), **values)
 
-def from_file(path) -> Recipe:
-    "A recipe from a JSON file. Fields that the file leaves out have the values of the recipe `data/arch`."
+def from_file(path,
+              settings=(), # strings `field=value`, laid over what the file says
+             ) -> Recipe:
+    "A recipe from a JSON file. What it leaves out has the values of the recipe `data/arch`."
     try: values = json.loads(Path(path).read_text(encoding='utf-8'))
-    except OSError as e: raise UserError(f'cannot read the recipe file {str(path)!r}: {e.strerror}') from None
-    except (ValueError, RecursionError) as e: raise UserError(f'{str(path)!r} is not a recipe in JSON: {e}') from None
-    if not isinstance(values, dict): raise UserError(f'a recipe must be a JSON object of fields; got {type(values).__name__}')
+    except OSError as e:
+        raise UserError(f'cannot read the recipe file {str(path)!r}: {e.strerror}') from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f'{str(path)!r} is not a recipe in JSON: {e}') from None
+    _check_object(values)
+    values = {**values, **_parsed(settings)}
     data, arch = values.get('data', 'digits'), values.get('arch', 'resnet20')
     return from_dict(values, recipe(f'{data}/{arch}'))
 
@@ -375,45 +413,69 @@ def from_file(path) -> Recipe:
 #| code-fold: true
 #| code-summary: "A recipe from the command line"
 def _value(text):
-    "A value from the command line: JSON where it parses, a list where there are commas, else the text itself."
+    "A value from the command line: JSON, a list where there are commas, else the text itself."
     for read in (json.loads, float):
         try: return read(text)
         except (ValueError, RecursionError): pass
     return tuple(_value(t.strip()) for t in text.split(',')) if ',' in text else text
 
+def _parsed(settings):
+    "Fields and values of some strings `field=value`; single values of lists become lists."
+    listed = [f.name for f in fields(Recipe) if 'a list' in f.metadata['rule'].text]
+    values = {}
+    for s in settings:
+        name, equals, text = str(s).partition('=')
+        if not equals: raise UserError(f'a setting is written field=value; got {s!r}')
+        name, v = name.strip(), _value(text.strip())
+        single = v is not None and not isinstance(v, (tuple, list))
+        values[name] = (v,) if name in listed and single else v
+    return values
+
+def _brought(r, values):
+    "What another dataset or network brings along: its own for each published value."
+    data, arch = values.get('data', r.data), values.get('arch', r.arch)
+    named = isinstance(data, str) and data and _known(arch)
+    if not named or (data, arch) == (r.data, r.arch) or is_own(arch) or is_own(r.arch): return {}
+    old, new = _published(r.data, r.arch), _published(data, arch)
+    untouched = [f.name for f in fields(Recipe) if getattr(r, f.name) == getattr(old, f.name)]
+    return {n: getattr(new, n) for n in untouched}
+
 def with_settings(r: Recipe,
                   settings, # strings `field=value`; lists are written with commas
                  ) -> Recipe:
-    "Change fields of a recipe from `field=value` strings."
-    values = {}
-    for s in settings:
-        n, eq, text = str(s).partition('=')
-        if not eq: raise UserError(f'a setting is written field=value; got {s!r}')
-        v = _value(text.strip())
-        f = next((f for f in fields(Recipe) if f.name == n.strip()), None)
-        listed = f is not None and 'a list' in f.metadata['rule'].text
-        values[n.strip()] = (v,) if listed and v is not None and not isinstance(v, (tuple, list)) else v
-    return from_dict(values, r)
+    "Change fields of a recipe. Another network or dataset brings its published settings along."
+    values = _parsed(settings)
+    return from_dict({**_brought(r, values), **values}, r)
 
 # %% ../nbs/01_paper.ipynb #fcf417bc
 #| code-fold: true
 #| code-summary: "The recipes by name"
 _BY_DATA = {
     'cifar10': {}, 'cifar100': {},
-    'tiny_imagenet': dict(init='imagenet', schedule='one-cycle', epochs=25, batch=128, retrain_epochs=25, distill_epochs=25),
-    'digits': dict(epochs=16, retrain_epochs=5, retrain_batch=64, distill_epochs=8, distill_batch=64),
+    'tiny_imagenet': dict(init='imagenet', schedule='one-cycle', epochs=25, batch=128,
+                          retrain_epochs=25, distill_epochs=25),
+    'digits': dict(epochs=16, retrain_epochs=5, retrain_batch=64,
+                   distill_epochs=8, distill_batch=64),
     'fashion_mnist': dict(epochs=10, batch=128, retrain_epochs=3, distill_epochs=4),
 }
 _BY_FAMILY = {'wrn': dict(epochs=200, weight_decay=5e-4, milestones=(.3, .6, .8), gamma=.2)}
 _CIFAR = ('resnet56', 'resnet110', 'preresnet164', 'wrn_16_8', 'vgg16')
-RECIPES = ('digits/resnet20', 'fashion_mnist/resnet20', 'fashion_mnist/resnet56', 'fashion_mnist/wrn_16_8', *(f'cifar10/{a}' for a in _CIFAR),
-           *(f'cifar100/{a}' for a in _CIFAR), 'tiny_imagenet/resnet18', 'tiny_imagenet/resnet34')
+_FASHION = ('resnet20', 'resnet56', 'wrn_16_8')
+RECIPES = ('digits/resnet20', *(f'fashion_mnist/{a}' for a in _FASHION),
+           *(f'cifar10/{a}' for a in _CIFAR), *(f'cifar100/{a}' for a in _CIFAR),
+           'tiny_imagenet/resnet18', 'tiny_imagenet/resnet34')
 
-def recipe(name: str, # `dataset/network`; RECIPES lists the published ones, other pairs work as well
+def _published(data, arch):
+    "The recipe of a dataset (or of a part of it, which is trained like the whole) and a network."
+    settings = {**_BY_FAMILY.get(family(arch), {}), **_BY_DATA.get(data.partition('@')[0], {})}
+    if family(arch) != 'imagenet': settings['init'] = 'random'
+    return Recipe(data=data, arch=arch, **settings)
+
+def recipe(name: str, # `dataset/network`; RECIPES lists the published ones, other pairs work too
           ) -> Recipe:
     "The recipe of that name."
-    data, slash, arch = str(name).partition('/')
-    if not slash or not data or not arch: raise UserError(f'a recipe is named dataset/network; got {name!r}; for example {", ".join(RECIPES[:3])}')
-    settings = dict(_BY_FAMILY.get(family(arch), {}), **_BY_DATA.get(data.partition('@')[0], {}))      # a subset is trained like the whole
-    if settings.get('init') == 'imagenet' and family(arch) != 'imagenet': settings['init'] = 'random'
-    return Recipe(data=data, arch=arch, **settings)
+    data, _, arch = str(name).partition('/')
+    if not data or not arch:
+        raise UserError(f'a recipe is named dataset/network; got {name!r}; '
+                        f'for example {", ".join(RECIPES[:3])}')
+    return _published(data, arch)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['KesiError', 'DamagedFile', 'Diverged', 'StoreError', 'Busy', 'sync_folder', 'write_atomic', 'write_json', 'sha256',
-           'digest', 'locked', 'derive_seed', 'generator', 'Runtime', 'launched', 'devices', 'has_bfloat16', 'auto',
-           'describe']
+           'digest', 'locked', 'derive_seed', 'generator', 'no_memory', 'Runtime', 'launched', 'devices',
+           'has_bfloat16', 'auto', 'describe']
 
 # %% ../nbs/engine/runtime.ipynb #285545c8
-import atexit, contextlib, copy, errno, functools, hashlib, json, os, platform, time, warnings
+import atexit, contextlib, copy, errno, functools, hashlib, json, math, os, platform, time, warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -71,7 +71,9 @@ def write_json(path, value):
 def sha256(path) -> str:
     "Checksum of a file's content."
     try:
-        with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read()).hexdigest()
+        with open(path, 'rb') as f:
+            if not hasattr(hashlib, 'file_digest'): return hashlib.sha256(f.read()).hexdigest()
+            return hashlib.file_digest(f, 'sha256').hexdigest()            # Python 3.11 and newer
     except OSError as e: raise DamagedFile(f'cannot read {str(path)!r}: {e.strerror}') from e
 
 def digest(value,           # anything that JSON can hold
@@ -79,7 +81,8 @@ def digest(value,           # anything that JSON can hold
           ) -> str:
     "A short name for a value: equal values, equal names, in every process and on every machine."
     try: text = json.dumps(value, sort_keys=True, allow_nan=False)
-    except ValueError as e: raise UserError('settings must not hold NaN or infinite numbers') from e
+    except ValueError as e:
+        raise UserError('settings must not hold NaN or infinite numbers') from e
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 # %% ../nbs/engine/runtime.ipynb #46430fc3
@@ -123,12 +126,35 @@ def locked(path,                 # the lock's file
 
 # %% ../nbs/engine/runtime.ipynb #201f2ed6
 def derive_seed(*parts) -> int:
-    "A seed of 63 bits from any values: equal parts give equal seeds, anything else an unrelated one."
+    "A seed of 63 bits: equal parts give equal seeds, anything else an unrelated one."
     return int(digest(list(parts), 16), 16) >> 1
 
 def generator(*parts) -> torch.Generator:
     "A random generator on the CPU, seeded by name."
     return torch.Generator().manual_seed(derive_seed(*parts))
+
+# %% ../nbs/engine/runtime.ipynb #rt-device-rule
+#| code-fold: true
+#| code-summary: "How a device is tried"
+_NO_MEMORY = ('out of memory', 'not enough memory', 'allocate memory', 'alloc_failed')
+
+def no_memory(e: Exception) -> bool: # a device or the machine had too little memory
+    "Does an error of torch mean that memory ran out? (It has several words for that.)"
+    return isinstance(e, MemoryError) or any(s in str(e).lower() for s in _NO_MEMORY)
+
+def _name(device):
+    "One name for one device: `cpu:0` is `cpu`, and `mps:0` is `mps`."
+    return str(device).removesuffix(':0') if str(device) in ('cpu:0', 'mps:0') else str(device)
+
+def _works(device, dtype) -> bool:
+    "Can tensors of this type be made there?"
+    if device == 'meta' or device.startswith('cpu:'): return False       # only pretend to compute
+    try: torch.empty(1, device=device, dtype=dtype)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:
+        if not no_memory(e): return False
+        raise KesiError(f'the device {device} is there, but has no memory left; another process '
+                        'may hold it') from e
+    return True
 
 # %% ../nbs/engine/runtime.ipynb #cb93aef7
 @dataclass(frozen=True)
@@ -137,24 +163,20 @@ class Runtime:
     device: str = 'cpu'            # a torch device: `cpu`, `cuda`, `cuda:1`, `mps`
     precision: str = 'float32'     # `float32`, `float64` (tests), or `bfloat16` under autocast
     channels_last: bool = True     # memory format of images and filters
-    pad: int = 1                   # train inside widths filled up to a multiple of this (the chapter on training); 1: do not
-    fold: bool = True              # fold the norms of teachers into their convolutions (chapter 07)
+    pad: int = 1                   # train in widths that are multiples of this (see training)
+    fold: bool = True              # fold teachers' norms into their convolutions (chapter 07)
     compile: bool = False          # torch.compile: pays on long runs only
     threads: int | None = None     # CPU threads; None: torch's choice
-    processes: int = 1             # processes that train one network together (below); their launcher starts them
-    evaluate: int | None = None    # measure the test split every so many epochs; None: as seldom as makes it cheap (the chapter on training)
+    processes: int = 1             # processes that train one network together (below)
+    evaluate: int | None = None    # measure the test split every N-th epoch; None: if cheap
 
     def __post_init__(self):
-        if self.precision not in ('float32', 'float64', 'bfloat16'): raise UserError(f'precision must be float32, float64 or bfloat16; got {self.precision!r}')
-        if not isinstance(self.pad, int) or self.pad < 1: raise UserError(f'pad must be a whole number from 1; got {self.pad!r}')
-        if self.evaluate is not None and (not isinstance(self.evaluate, int) or self.evaluate < 1):
-            raise UserError(f'evaluate must be a whole number of epochs from 1; got {self.evaluate!r}')
-        if self.threads is not None and (not isinstance(self.threads, int) or not 1 <= self.threads <= 1024): raise UserError(f'threads must be a whole number from 1 to 1024; got {self.threads!r}')
-        if self.processes not in (1, launched()): raise UserError(f'{self.processes!r} processes were asked for, but {launched()} started; torchrun --nproc_per_node {self.processes} starts them')
-        if self.processes > 1 and self.device == 'mps': raise UserError('several processes work on CPUs and on CUDA devices; got the device mps')
-        try: torch.empty(1, device=self.device, dtype=self.dtype); found = self.device != 'meta'
-        except (RuntimeError, AssertionError, NotImplementedError, TypeError): found = False
-        if not found: raise UserError(f'no device {self.device!r} with {self.precision} here; available: {", ".join(devices())}')
+        object.__setattr__(self, 'device', _name(self.device))
+        _check_counts(self)
+        _check_processes(self)
+        if not _works(self.device, self.dtype):
+            raise UserError(f'no device {self.device!r} with {self.precision} here; '
+                            f'available: {", ".join(devices())}')
 
     @property
     def dtype(self):
@@ -164,11 +186,34 @@ class Runtime:
     @property
     def numerics(self) -> dict:
         "The choices that change numbers; the number of processes where there are several."
-        return {n: getattr(self, n) for n in ('precision', 'channels_last', 'pad', 'fold', 'compile') + ('processes',) * (self.processes > 1)}
+        names = ('precision', 'channels_last', 'pad', 'fold', 'compile')
+        return {n: getattr(self, n) for n in names + ('processes',) * (self.processes > 1)}
+
+# %% ../nbs/engine/runtime.ipynb #rt-checks
+#| code-fold: true
+#| code-summary: "What is refused"
+def _check_counts(rt):
+    "Fields that are words or whole numbers."
+    def whole(v, high=math.inf): return isinstance(v, int) and 1 <= v <= high
+    if rt.precision not in ('float32', 'float64', 'bfloat16'):
+        raise UserError(f'precision must be float32, float64 or bfloat16; got {rt.precision!r}')
+    if not whole(rt.pad): raise UserError(f'pad must be a whole number from 1; got {rt.pad!r}')
+    if rt.evaluate is not None and not whole(rt.evaluate):
+        raise UserError(f'evaluate must be a whole number of epochs from 1; got {rt.evaluate!r}')
+    if rt.threads is not None and not whole(rt.threads, 1024):
+        raise UserError(f'threads must be a whole number from 1 to 1024; got {rt.threads!r}')
+
+def _check_processes(rt):
+    "As many processes as were started."
+    if rt.processes not in (1, launched()):
+        raise UserError(f'{rt.processes!r} processes were asked for, but {launched()} started; '
+                        f'torchrun --nproc_per_node {rt.processes} starts them')
+    if rt.processes > 1 and rt.device == 'mps':
+        raise UserError('several processes work on CPUs and on CUDA devices; got the device mps')
 
 # %% ../nbs/engine/runtime.ipynb #500ab89e
 def launched() -> int:
-    "How many processes a launcher (torchrun, accelerate) started together with this one; 1 without a launcher."
+    "How many processes a launcher such as torchrun started with this one; 1 without it."
     return int(os.environ.get('WORLD_SIZE', 1)) if 'LOCAL_RANK' in os.environ else 1
 
 def devices() -> list[str]:
@@ -183,8 +228,8 @@ from fastcore.basics import patch
 @patch
 def autocast(self: Runtime):
     "The context of a forward pass."
-    on = self.precision == 'bfloat16'
-    return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=on) if on else contextlib.nullcontext()
+    if self.precision != 'bfloat16': return contextlib.nullcontext()
+    return torch.autocast(torch.device(self.device).type, torch.bfloat16)
 
 @patch
 def place(self: Runtime, net):
@@ -208,22 +253,29 @@ def has_bfloat16(device: str = 'cpu') -> bool:
     if kind == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
     return kind == 'cpu' and bool(torch.cpu.get_capabilities().get('avx512_bf16', False))
 
-def auto(device: str | None = None, **settings) -> Runtime:
+def auto(device: str | None = None, # None: the best there is
+         **settings) -> Runtime:    # fields of the runtime
     "A runtime that suits this machine; settings that are given win."
-    device = device or devices()[0]
-    if launched() > 1 and device.split(':')[0] == 'cuda': device = f'cuda:{os.environ["LOCAL_RANK"]}'      # each process its own
+    device = _name(devices()[0] if device is None else device)
+    together = launched() > 1
+    if together and device.split(':')[0] == 'cuda': device = f'cuda:{os.environ["LOCAL_RANK"]}'
     try: fast = has_bfloat16(device)
     except (RuntimeError, AssertionError, AttributeError): fast = False
-    return Runtime(device, **{'precision': 'bfloat16' if fast else 'float32', 'processes': launched(), **settings})
+    suits = {'precision': 'bfloat16' if fast else 'float32', 'processes': launched()}
+    return Runtime(device, **{**suits, **settings})
 
 # %% ../nbs/engine/runtime.ipynb #9c8b77cf
+#| code-fold: true
+#| code-summary: "How processes talk"
 @functools.lru_cache(maxsize=None)
 def _accelerator(cpu):
     "The one `Accelerator` of this process. It connects the processes; precision stays ours."
     from datetime import timedelta
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-    found = Accelerator(cpu=cpu, mixed_precision='no', kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7)), DistributedDataParallelKwargs(broadcast_buffers=False)])
+    how = [InitProcessGroupKwargs(timeout=timedelta(days=7)),
+           DistributedDataParallelKwargs(broadcast_buffers=False)]
+    found = Accelerator(cpu=cpu, mixed_precision='no', kwargs_handlers=how)
     atexit.register(found.state.destroy_process_group)
     return found
 
@@ -235,7 +287,7 @@ def rank(self: Runtime) -> int:
 @patch
 def part(self: Runtime,
          t,       # a tensor of N rows, the same in all processes
-        ):        # this process's rows; parts differ by one row at most, and may be empty where N is below the number of processes
+        ):        # this process's rows: N / processes, one more or less; none where N is too small
     "This process's part of a batch."
     return t.tensor_split(self.processes)[self.rank] if self.processes > 1 else t
 
@@ -246,14 +298,19 @@ def mean(self: Runtime,
         ) -> list:      # the same in all processes
     "Weighted means over the processes."
     if self.processes == 1: return values
-    sums = torch.tensor([v * weight for v in values] + [weight], dtype=torch.float64, device=self.device)
+    weighted = [v * weight for v in values] + [weight]
+    sums = torch.tensor(weighted, dtype=torch.float64, device=self.device)
     *sums, whole = _accelerator(self.device == 'cpu').reduce(sums, 'sum').tolist()
     return [s / whole for s in sums]
 
 # %% ../nbs/engine/runtime.ipynb #7ca78b25
+#| code-fold: true
+#| code-summary: "One decides for all"
 @patch
-def from_main(self: Runtime, do):
-    "Call a function in the main process; all processes get its result, or its exception (there marked as `told`)."
+def from_main(self: Runtime,
+              do, # called without arguments, in the main process only
+             ):   # its result, in all processes; or its exception, elsewhere marked as `told`
+    "Call a function in the main process and tell all others."
     if self.processes == 1: return do()
     from accelerate.utils import broadcast_object_list
     said, main = [None, None], self.rank == 0
@@ -266,6 +323,8 @@ def from_main(self: Runtime, do):
     raise said[1]
 
 # %% ../nbs/engine/runtime.ipynb #428f94d1
+#| code-fold: true
+#| code-summary: "One network in several processes"
 def _sharing(net):
     "A copy with modules of its own and the same tensors."
     return copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers())})
@@ -275,9 +334,10 @@ def together(self: Runtime, net):
     "The network as all processes train it: same tensors, averaged gradients."
     if self.processes == 1: return net
     a = _accelerator(self.device == 'cpu')
-    a.free_memory()                                            # it remembers every network that it has ever prepared
-    if self.device != 'cpu': net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(_sharing(net))
-    with warnings.catch_warnings():                            # torch is about to rename `broadcast_buffers`, accelerate knows the old name only
+    a.free_memory()                            # it remembers every network that it ever prepared
+    if self.device != 'cpu':
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(_sharing(net))
+    with warnings.catch_warnings():            # torch is about to rename `broadcast_buffers`
         warnings.simplefilter('ignore', FutureWarning)
         return a.prepare_model(net)
 
@@ -286,8 +346,9 @@ def together(self: Runtime, net):
 def average_statistics(self: Runtime, net):
     "Give all processes the mean of their running statistics."
     if self.processes == 1: return
+    reduce = _accelerator(self.device == 'cpu').reduce
     for t in net.buffers():
-        if t.is_floating_point(): t.copy_(_accelerator(self.device == 'cpu').reduce(t, 'mean'))
+        if t.is_floating_point(): t.copy_(reduce(t, 'mean'))
 
 # %% ../nbs/engine/runtime.ipynb #798253b2
 def _installed(name):
@@ -296,6 +357,8 @@ def _installed(name):
 
 def describe(rt: Runtime) -> dict:
     "What else may change the last digits: hardware, threads and library versions."
-    gpu = torch.cuda.get_device_name(rt.device) if torch.device(rt.device).type == 'cuda' else None
-    return {'device': gpu or torch.device(rt.device).type, 'threads': rt.threads or torch.get_num_threads(), 'machine': platform.machine(),
-            'cpu': torch.backends.cpu.get_cpu_capability(), 'python': platform.python_version(), 'torch': torch.__version__, 'torchvision': _installed('torchvision')}
+    kind = torch.device(rt.device).type
+    return {'device': torch.cuda.get_device_name(rt.device) if kind == 'cuda' else kind,
+            'threads': rt.threads or torch.get_num_threads(), 'machine': platform.machine(),
+            'cpu': torch.backends.cpu.get_cpu_capability(), 'python': platform.python_version(),
+            'torch': torch.__version__, 'torchvision': _installed('torchvision')}

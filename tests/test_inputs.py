@@ -3,10 +3,11 @@ import json, os, shutil
 from dataclasses import fields, replace
 import drive, pytest, torch
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
-from kesi import cli, paper, pipeline, training
+from kesi import cli, paper, pipeline, studies, training
 from kesi.data import Dataset, Split
+from kesi.models import Spec, build
 from kesi.paper import Recipe, UserError
-from kesi.runtime import Runtime, write_json, StoreError
+from kesi.runtime import KesiError, Runtime, StoreError, write_json
 
 FEW, MANY = (dict(deadline=None, derandomize=True, max_examples=n, suppress_health_check=list(HealthCheck)) for n in (40, 400))
 NAMES = [f.name for f in fields(Recipe)]
@@ -16,6 +17,14 @@ plain = st.one_of(st.none(), st.booleans(), number, text, st.sampled_from(['resn
 value = st.recursive(plain, lambda v: st.lists(v, max_size=4) | st.dictionaries(text, v, max_size=2), max_leaves=6)
 
 class Started(Exception): "Training would begin now."
+
+def begun(*a, **kw): raise Started
+
+def exit_code(call):
+    "The exit code of a command; None: training would have begun."
+    try: return call()
+    except Started: return None
+    except SystemExit as e: return e.code
 
 def command(argv, tmp, capsys, monkeypatch):
     "Run a command line up to the first training: exit code (None: training would have begun) and the error."
@@ -150,3 +159,97 @@ def test_terminals_without_letters(option, shown):
     code = f'import sys; from kesi.cli import kesi_run; sys.exit(kesi_run(["{option}"]))'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
     assert done.returncode == 0 and shown in done.stdout and b'\\u' in done.stdout
+
+# What once went through
+
+EMPTY = [('kesi_run', ['']), ('kesi_run', ['--recipe', '']), ('kesi_run', ['--device', '']),
+         ('kesi_run', ['--out', '']), ('kesi_run', ['--out=']), ('kesi_run', ['--set', '']),
+         ('kesi_run', ['--data-root', '']), ('kesi_run', ['--variants', '']),
+         ('kesi_report', ['']), ('kesi_export', ['', 'x.onnx']), ('kesi_export', ['x', '']),
+         ('kesi_export', ['x', 'x.onnx', '--factory', '']), ('kesi_bench', ['--out', '']),
+         ('kesi_sweep', ['']), ('kesi_sweep', ['--out', '', '--dry-run']),
+         ('kesi_store', ['list', '']), ('kesi_store', ['clean', '', '--yes']),
+         ('kesi_study', ['']), ('kesi_study', ['teachers', '--out', ''])]
+
+@pytest.mark.parametrize('name, argv', EMPTY, ids=lambda v: v if isinstance(v, str) else ' '.join(v))
+def test_an_empty_word_is_a_mistake(tmp_path, capsys, monkeypatch, name, argv):
+    "It once meant the default, or the current folder."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline.Store, 'ensure', begun)
+    command = getattr(studies if name == 'kesi_study' else cli, name)
+    code, said = exit_code(lambda: command(argv)), capsys.readouterr().err
+    assert (code, said.count('\n')) == (2, 1) and 'empty' in said
+    assert not list(tmp_path.iterdir())
+
+def test_an_empty_variable_is_none(monkeypatch):
+    "KESI_DATA= in a script means the default, as if it were not set."
+    monkeypatch.setenv('KESI_DATA', '')
+    assert cli._run_parser().parse_args([]).data_root is None
+
+def settings_of(argv): return cli.chosen(cli._run_parser().parse_args(argv))
+
+def test_another_network_brings_its_settings():
+    "Of wide networks too, whichever way they are named; what is set explicitly wins."
+    wide = paper.recipe('cifar10/wrn_16_8')
+    assert wide.weight_decay == 5e-4 != paper.recipe('cifar10/resnet56').weight_decay
+    assert settings_of(['cifar10/resnet56', '--set', 'arch=wrn_16_8']) == wide
+    assert settings_of(['cifar10/wrn_16_8', '--set', 'arch=resnet56']) == paper.recipe('cifar10/resnet56')
+    assert settings_of(['--set', 'data=cifar10', '--set', 'arch=wrn_16_8']) == wide
+    for order in (['arch=wrn_16_8', 'gamma=0.1'], ['gamma=0.1', 'arch=wrn_16_8']):
+        argv = [word for setting in order for word in ('--set', setting)]
+        assert settings_of(['cifar10/resnet56', *argv]) == replace(wide, gamma=.1)
+
+def test_a_file_speaks_for_itself(tmp_path):
+    "What a file says is explicit, though it may be what is published for its network."
+    path = tmp_path/'recipe.json'
+    path.write_text('{"data": "cifar10", "arch": "resnet56", "weight_decay": 1e-4}')
+    found = settings_of(['--recipe', str(path), '--set', 'arch=wrn_16_8'])
+    assert found == replace(paper.recipe('cifar10/wrn_16_8'), weight_decay=1e-4)
+
+def test_names_of_the_processor():
+    "`cpu:0` is the processor like `cpu`, whatever compares it; there is no second one."
+    assert Runtime('cpu:0') == Runtime('cpu') == Runtime(torch.device('cpu'))
+    for bad in ('cpu:1', 'cpu:x', 'CPU', ' cpu'):
+        with pytest.raises(UserError, match='no device'): Runtime(bad)
+
+FULL = 'CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has a total capacity of 8 GiB'
+
+@pytest.mark.parametrize('error', (torch.OutOfMemoryError(FULL),
+                                   RuntimeError('CUDA error: out of memory\nCUDA kernel errors …')))
+def test_a_full_device_is_a_device(monkeypatch, capsys, error):
+    def full(*a, **kw): raise error
+    monkeypatch.setattr(torch, 'empty', full)
+    with pytest.raises(KesiError, match='the device cuda:0 is there, but has no memory left'):
+        Runtime('cuda:0')
+    assert cli.kesi_run(['--device', 'cuda:0']) == 1
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1 and 'no memory left' in said and 'no device' not in said
+
+def test_building_leaves_the_callers_generators(monkeypatch):
+    "The CPU's is put back; those of GPUs are not touched, for nobody puts them back."
+    seeded = []
+    monkeypatch.setattr(torch.cuda, 'manual_seed_all', seeded.append)
+    monkeypatch.setattr(torch.cuda, 'manual_seed', seeded.append)
+    before = torch.get_rng_state()
+    build(Spec('resnet8'), 7)
+    assert torch.equal(torch.get_rng_state(), before) and not seeded
+
+BROKEN = ('', '{', '[]', 'null', '{"seeds": 3}', '{"seeds": [[]]}', '{"seeds": []}', '\x00',
+          '{"seeds": [{"kesi": 5}]}')
+
+@pytest.mark.parametrize('content', BROKEN)
+@pytest.mark.parametrize('of', ('run', 'stage'))
+def test_export_of_a_broken_record(tiny, tmp_path, capsys, content, of):
+    runs = shutil.copytree(tiny[0], tmp_path/'runs')
+    next(runs.rglob('run.json')).write_text(content)
+    where = runs if of == 'run' else next(runs.glob('distill-*'))
+    code, said = cli.kesi_export([str(where), str(tmp_path/'x.onnx')]), capsys.readouterr().err
+    assert code in (1, 2) and said.count('\n') == 1 and 'run.json' in said
+    assert not (tmp_path/'x.onnx').exists()
+
+@pytest.mark.parametrize('parser', (cli._run_parser, cli._sweep_parser))
+def test_how_often_the_test_split_is_measured(parser):
+    parse = parser().parse_args
+    assert cli._runtime(parse(['--evaluate', '3'])).evaluate == 3
+    assert cli._runtime(parse([])).evaluate is None
+    for bad in ('0', '-1', '1.5', 'x', ''): assert exit_code(lambda: parse(['--evaluate', bad])) == 2

@@ -196,7 +196,7 @@ def normaliser(data: Dataset, rt: Runtime):
         return torch.addcmul(shift, images.to(rt.dtype), scale).contiguous(memory_format=form)
     return normalise
 
-# %% ../nbs/engine/data.ipynb #b089586f
+# %% ../nbs/engine/data.ipynb #d7a30f11
 def _draw(data, n, g):
     "Random numbers for n images, and what makes a training batch of images with theirs."
     if data.view:
@@ -208,6 +208,7 @@ def _draw(data, n, g):
     mirror = (torch.rand(n, generator=g) < .5) & data.flip
     return (dy, dx, mirror), lambda x, *how: crop_flip(x, *how, data.pad)
 
+# %% ../nbs/engine/data.ipynb #b089586f
 class Loader:
     "Batches of normalised images on the device."
     def __init__(self,

@@ -6,6 +6,8 @@
 __all__ = ['mean_probabilities', 'Ensemble', 'accuracy', 'disagreement', 'q_statistic', 'correlation', 'quality']
 
 # %% ../nbs/06_snapshot_ensembles.ipynb #8fb70a29
+#| code-fold: true
+#| code-summary: "Imports"
 import torch
 from torch import nn
 from .paper import UserError
@@ -38,11 +40,12 @@ def disagreement(logits) -> torch.Tensor: # M×M, 0 on the diagonal
 # %% ../nbs/06_snapshot_ensembles.ipynb #15af2f6b
 def q_statistic(logits,  # one N×K for each of the M members
                 labels,  # N class numbers
-               ) -> torch.Tensor: # M×M, from -1 to 1; NaN where it is not defined: both products are zero
+               ) -> torch.Tensor: # M×M, from -1 to 1; NaN where both products are zero
     "Yule's Q for every pair: do two members err on the same images?"
     right = torch.stack([z.argmax(1) == labels for z in logits]).double()
-    n = lambda a, b: a @ b.T
-    same, apart = n(right, right) * n(1 - right, 1 - right), n(right, 1 - right) * n(1 - right, right)
+    wrong = 1 - right
+    same = (right @ right.T) * (wrong @ wrong.T)
+    apart = (right @ wrong.T) * (wrong @ right.T)
     return (same - apart) / (same + apart)
 
 def correlation(logits) -> torch.Tensor: # M×M, 1 on the diagonal
@@ -54,7 +57,10 @@ def quality(probs,   # N×K, rows sum to 1
             labels,  # N class numbers
            ) -> dict: # accuracy, nll, brier, ece
     "How good probabilities are."
-    from torchmetrics.functional.classification import multiclass_calibration_error      # takes a second, and is needed here only
-    p, hot = probs.double(), torch.nn.functional.one_hot(labels, probs.shape[1])
-    return {'accuracy': accuracy(p, labels), 'nll': torch.nn.functional.nll_loss(p.clamp_min(1e-12).log(), labels).item(),
-            'brier': (p - hot).square().sum(1).mean().item(), 'ece': multiclass_calibration_error(p, labels, p.shape[1], n_bins=15).item()}
+    # torchmetrics takes a second to import, and is needed here only
+    from torchmetrics.functional.classification import multiclass_calibration_error
+    p, hot = probs.double(), nn.functional.one_hot(labels, probs.shape[1])
+    return {'accuracy': accuracy(p, labels),
+            'nll': nn.functional.nll_loss(p.clamp_min(1e-12).log(), labels).item(),
+            'brier': (p - hot).square().sum(1).mean().item(),
+            'ece': multiclass_calibration_error(p, labels, p.shape[1], n_bins=15).item()}

@@ -6,6 +6,8 @@
 __all__ = ['Count', 'layer_macs', 'count', 'image_macs']
 
 # %% ../nbs/04_macs.ipynb #42b78def
+#| code-fold: true
+#| code-summary: "Imports"
 import copy, functools, warnings
 from dataclasses import dataclass
 import torch
@@ -21,9 +23,9 @@ with warnings.catch_warnings():          # fvcore still uses torch.jit.script
 @dataclass(frozen=True)
 class Count:
     "The size of a network and the work of one forward pass of one image."
-    params: int           # weights and biases, norms included
+    params: int           # weights and biases, batch norms included
     macs: int             # multiply-adds of convolutions and linear layers
-    nonzero_params: int   # parameters of which convolution and linear weights that are exactly zero are left out
+    nonzero_params: int   # parameters without the conv and linear weights that are exactly zero
     nonzero_macs: int     # multiply-adds with weights that are not zero
 
 def layer_macs(net: nn.Module,     # any network
@@ -33,51 +35,80 @@ def layer_macs(net: nn.Module,     # any network
     net = copy.deepcopy(net).cpu().float().eval()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')
-        found = FlopCountAnalysis(net, torch.zeros(1, *shape)).unsupported_ops_warnings(False).uncalled_modules_warnings(False).by_module()
-    return {n: int(found[n]) for n, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and n in found}
+        analysis = FlopCountAnalysis(net, torch.zeros(1, *shape))
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        found = analysis.by_module()
+    layers = (n for n, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+    return {n: int(found[n]) for n in layers if n in found}
 
+# %% ../nbs/04_macs.ipynb #macs-nonzero
+#| code-fold: true
+#| code-summary: "Two helpers"
 @functools.lru_cache(maxsize=256)
-def _spec_macs(spec, shape): return layer_macs(build(spec), shape)
+def _spec_macs(spec, shape): return layer_macs(build(spec), shape)     # a spec is traced once
 
 def _nonzero_share(weight): return torch.count_nonzero(weight).item() / weight.numel()
 
+def _shape(net, size):
+    "The shape of one image: of our own networks the side is enough."
+    if not isinstance(size, int): return tuple(size)
+    if isinstance(net, Network): return net.spec.in_channels, size, size
+    raise UserError('for a network that is not one of ours, '
+                    'give the full shape (channels, height, width) as size')
+
 # %% ../nbs/04_macs.ipynb #bc837c0b
 def count(net: nn.Module | Spec,  # a network, or the spec of one
-          size,                   # height and width of the image in pixels, or its full shape (C, H, W)
+          size,                   # side of the image in pixels, or its full shape (C, H, W)
          ) -> Count:
     "Parameters and MACs of a network for one image."
     if isinstance(net, Spec): net = build(net)
-    if isinstance(size, int) and not isinstance(net, Network): raise UserError('for a network that is not one of ours, give the full shape (channels, height, width) as size')
-    shape = (net.spec.in_channels, size, size) if isinstance(size, int) else tuple(size)
-    macs = _spec_macs(net.spec, shape) if isinstance(net, Network) else layer_macs(net, shape)        # widths decide, so a spec is traced once
+    shape = _shape(net, size)
+    ours = isinstance(net, Network)                     # then widths decide, whatever the weights
+    macs = _spec_macs(net.spec, shape) if ours else layer_macs(net, shape)
     layers = dict(net.named_modules())
     params = sum(p.numel() for p in net.parameters())
     weights = [m.weight for m in layers.values() if isinstance(m, (nn.Conv2d, nn.Linear))]
     zeros = sum(w.numel() - torch.count_nonzero(w).item() for w in weights)
-    return Count(params, sum(macs.values()), params - zeros, round(sum(v * _nonzero_share(layers[n].weight) for n, v in macs.items())))
+    nonzero = round(sum(v * _nonzero_share(layers[n].weight) for n, v in macs.items()))
+    return Count(params, sum(macs.values()), params - zeros, nonzero)
 
 # %% ../nbs/04_macs.ipynb #5ac7863e
+#| code-fold: true
+#| code-summary: "image_macs: the formula for each family"
+def _half(side): return -(-side // 2)                     # odd sizes round up
+
+def _vgg_macs(widths, side, sizes):
+    total, left, n_in = 0, iter(widths), 3
+    for n in sizes:
+        for _ in range(n):
+            w = next(left)
+            total += 9 * n_in * w * side**2
+            n_in = w
+        side //= 2
+    return total
+
+def _block_macs(kind, n_in, w, out, side, small):
+    "One block: its convolutions, and the 1×1 convolution of its shortcut where the shape changes."
+    if kind == 'preresnet': inside = n_in * w * side**2 + (9 * w * w + w * out) * small**2
+    else: inside = 9 * (n_in * w + w * out) * small**2
+    changes = kind != 'resnet' and n_in != out
+    return inside + (n_in * out * small**2 if changes else 0)
+
 def image_macs(arch: str,  # name of a network
                widths,     # filters per prunable width
                side: int,  # height and width of the images
               ) -> int:    # multiply-adds of all convolutions
     "The work of one forward pass of one image, from the widths alone."
-    kind, left, n_in, half = paper.family(arch), iter(widths), 16, lambda s: -(-s // 2)
-    if kind == 'vgg':
-        total, n_in = 0, 3
-        for n in paper.stages(arch):
-            for _ in range(n): w = next(left); total += 9 * n_in * w * side**2; n_in = w
-            side //= 2
-        return total
-    factor = {'preresnet': 4, 'wrn': int(arch.split('_')[-1]) if kind == 'wrn' else 0}.get(kind, 1)
+    kind, left, n_in, sizes = paper.family(arch), iter(widths), 16, paper.stages(arch)
+    if kind == 'vgg': return _vgg_macs(widths, side, sizes)
+    factor = 4 if kind == 'preresnet' else int(arch.split('_')[-1]) if kind == 'wrn' else 1
     outs = (64, 128, 256, 512) if kind == 'imagenet' else [factor * n for n in (16, 32, 64)]
-    total = 9 * 3 * 16 * side**2
-    if kind == 'imagenet': total, n_in, side = 49 * 3 * 64 * half(side)**2, 64, half(half(side))
-    for s, (n, out) in enumerate(zip(paper.stages(arch), outs)):
+    total = 9 * 3 * 16 * side**2                          # the first convolution
+    if kind == 'imagenet':
+        total, n_in, side = 49 * 3 * 64 * _half(side)**2, 64, _half(_half(side))
+    for s, (n, out) in enumerate(zip(sizes, outs)):
         for b in range(n):
-            w, small = next(left), half(side) if s and not b else side
-            if kind == 'preresnet': total += n_in * w * side**2 + (9 * w * w + w * out) * small**2
-            else: total += 9 * (n_in * w + w * out) * small**2
-            if kind != 'resnet' and n_in != out: total += n_in * out * small**2
+            small = _half(side) if s and not b else side
+            total += _block_macs(kind, n_in, next(left), out, side, small)
             n_in, side = out, small
     return total

@@ -6,6 +6,8 @@
 __all__ = ['Spec', 'Unit', 'conv', 'widen_shortcut', 'BasicBlock', 'Network', 'CifarResNet', 'build', 'empty', 'to_bytes', 'save', 'read_spec', 'load', 'from_authors', 'split_widths', 'residual_stage', 'Bottleneck', 'PreResNet', 'WideBlock', 'WideStage', 'WideResNet', 'Vgg', 'ImageBlock', 'ImageResNet', 'pretrained']
 
 # %% ../nbs/02_resnet.ipynb #d888c864
+#| code-fold: true
+#| code-summary: "Imports"
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +19,10 @@ from .paper import UserError
 from .runtime import DamagedFile, derive_seed, write_atomic
 
 # %% ../nbs/02_resnet.ipynb #dea73711
+def _check_whole(name, v):
+    if isinstance(v, bool) or not isinstance(v, int) or v < 1:
+        raise UserError(f'{name} must be a whole number from 1; got {v!r}')
+
 @dataclass(frozen=True)
 class Spec:
     "What a network is, apart from its weights."
@@ -28,11 +34,11 @@ class Spec:
     def __post_init__(self):
         full = paper.full_widths(self.arch)
         object.__setattr__(self, 'widths', full if self.widths is None else tuple(self.widths))
-        whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1
-        if len(self.widths) != len(full): raise UserError(f'{self.arch} has {len(full)} widths, got {len(self.widths)}')
-        if not all(map(whole, self.widths)): raise UserError(f'widths must be whole numbers from 1; got {self.widths}')
-        for n in ('num_classes', 'in_channels'):
-            if not whole(getattr(self, n)): raise UserError(f'{n} must be a whole number from 1; got {getattr(self, n)!r}')
+        if len(self.widths) != len(full):
+            raise UserError(f'{self.arch} has {len(full)} widths, got {len(self.widths)}')
+        if not all(isinstance(w, int) and not isinstance(w, bool) and w >= 1 for w in self.widths):
+            raise UserError(f'widths must be whole numbers from 1; got {self.widths}')
+        for n in ('num_classes', 'in_channels'): _check_whole(n, getattr(self, n))
 
 # %% ../nbs/02_resnet.ipynb #5d97031a
 class Unit(NamedTuple):
@@ -45,15 +51,17 @@ class Unit(NamedTuple):
     @property
     def rows(self) -> list[str]:
         "Entries of the state dict that have one row per filter."
-        return [f'{self.conv}.weight', *(f'{self.norm}.{n}' for n in ('weight', 'bias', 'running_mean', 'running_var'))]
+        of_norm = ('weight', 'bias', 'running_mean', 'running_var')
+        return [f'{self.conv}.weight', *(f'{self.norm}.{n}' for n in of_norm)]
 
     @property
     def columns(self) -> list[str]:
         "Entries of the state dict that have one column per filter."
         return [f'{r}.weight' for r in self.readers]
 
-# %% ../nbs/02_resnet.ipynb #5b1a3946
-def conv(n_in, n_out, size=3, stride=1): return nn.Conv2d(n_in, n_out, size, stride, padding=size // 2, bias=False)
+# %% ../nbs/02_resnet.ipynb #resnet-conv
+def conv(n_in, n_out, size=3, stride=1):
+    return nn.Conv2d(n_in, n_out, size, stride, padding=size // 2, bias=False)
 
 def widen_shortcut(x,             # N×C×H×W
                    channels: int, # channels of the output, at least C
@@ -63,8 +71,9 @@ def widen_shortcut(x,             # N×C×H×W
     if stride > 1: x = F.avg_pool2d(x, stride, ceil_mode=True)
     return F.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1])) if channels > x.shape[1] else x
 
-torch.fx.wrap('widen_shortcut')     # to a tracer this is one operation
+torch.fx.wrap('widen_shortcut')     # to a tracer this is one operation; skip it at a first reading
 
+# %% ../nbs/02_resnet.ipynb #5b1a3946
 class BasicBlock(nn.Module):
     "conv-norm-relu-conv-norm, added to the shortcut. `width` is the number of inner filters."
     def __init__(self, n_in, width, n_out, stride=1):
@@ -89,17 +98,19 @@ def _blocks(arch, stage='layer{}'):
     "Module paths of the residual blocks, in forward order."
     return [f'{stage.format(s)}.{b}' for s, n in enumerate(paper.stages(arch), 1) for b in range(n)]
 
+# %% ../nbs/02_resnet.ipynb #resnet-cifar
 class CifarResNet(Network):
-    "ResNet with 6n+2 layers for small images: three network stages of n basic blocks, 16, 32 and 64 channels wide."
+    "ResNet with 6n+2 layers for small images: three network stages, 16, 32 and 64 channels wide."
     def __init__(self, spec: Spec):
         super().__init__()
-        self.spec = spec
+        self.spec, widths, n_in = spec, iter(spec.widths), 16
         self.conv1, self.bn1 = conv(spec.in_channels, 16), nn.BatchNorm2d(16)
-        widths, n_in = iter(spec.widths), 16
         for s, (blocks, n_out) in enumerate(zip(paper.stages(spec.arch), (16, 32, 64)), 1):
             layers = []
             for b in range(blocks):
-                layers.append(BasicBlock(n_in, next(widths), n_out, stride=2 if s > 1 and b == 0 else 1)); n_in = n_out
+                stride = 2 if s > 1 and b == 0 else 1
+                layers.append(BasicBlock(n_in, next(widths), n_out, stride))
+                n_in = n_out
             setattr(self, f'layer{s}', nn.Sequential(*layers))
         self.fc = nn.Linear(64, spec.num_classes)
 
@@ -109,14 +120,16 @@ class CifarResNet(Network):
         return self.fc(x.mean((2, 3)))
 
     def units(self):
-        return [Unit(f'{p}.conv1', f'{p}.bn1', (f'{p}.conv2',), i) for i, p in enumerate(_blocks(self.spec.arch))]
+        blocks = _blocks(self.spec.arch)
+        return [Unit(f'{p}.conv1', f'{p}.bn1', (f'{p}.conv2',), i) for i, p in enumerate(blocks)]
 
 # %% ../nbs/02_resnet.ipynb #fc6a60c4
 _BUILDERS = {'resnet': CifarResNet}
 
 def _initialise(net):
     for m in net.modules():
-        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+        if not isinstance(m, nn.Conv2d): continue
+        nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
 
 def build(spec: Spec,      # what to build
           seed: int = 0,   # names the random weights
@@ -136,31 +149,45 @@ def empty(spec: Spec) -> Network:
 def to_bytes(net: Network) -> bytes:
     "The file's content: weights and, in the metadata, the spec."
     state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-    return safetensors.torch.save(state, {'kesi': json.dumps({'format': 1, 'spec': asdict(net.spec)})})    # one entry: the order of several is random
+    said = json.dumps({'format': 1, 'spec': asdict(net.spec)})
+    return safetensors.torch.save(state, {'kesi': said})    # one entry: several have no order
 
 def save(net: Network, path) -> Path:
     "Write a network to a file, atomically."
     return write_atomic(path, to_bytes(net))
 
 # %% ../nbs/02_resnet.ipynb #c7b2a9bb
+#| code-fold: true
+#| code-summary: "Reading, and what is refused"
+def _said(path):
+    "The metadata of a network file."
+    try:
+        with safetensors.safe_open(str(path), 'pt') as f: return f.metadata() or {}
+    except FileNotFoundError: raise UserError(f'there is no file {str(path)!r}') from None
+    except (OSError, safetensors.SafetensorError) as e:
+        raise DamagedFile(f'{str(path)!r} is not a network saved by kesi: {e}') from e
+
 def read_spec(path) -> Spec:
     "The spec in a network file, without reading the weights."
-    try:
-        with safetensors.safe_open(str(path), 'pt') as f: meta = f.metadata() or {}
-    except FileNotFoundError: raise UserError(f'there is no file {str(path)!r}') from None
-    except (OSError, safetensors.SafetensorError) as e: raise DamagedFile(f'{str(path)!r} is not a network saved by kesi: {e}') from e
-    if 'kesi' not in meta: raise DamagedFile(f'{str(path)!r} is not a network saved by kesi: it holds no spec')
+    meta = _said(path)
+    if 'kesi' not in meta:
+        raise DamagedFile(f'{str(path)!r} is not a network saved by kesi: it holds no spec')
     try:
         said = json.loads(meta['kesi'])
         if said['format'] == 1: return Spec(**said['spec'])
-    except (KeyError, TypeError, ValueError) as e: raise DamagedFile(f'{str(path)!r} holds no valid spec: {e}') from e
-    raise DamagedFile(f'{str(path)!r} has format {said["format"]!r}; this kesi reads format 1')
+    except (KeyError, TypeError, ValueError) as e:
+        raise DamagedFile(f'{str(path)!r} holds no valid spec: {e}') from e
+    other = f'has format {said["format"]!r}'
+    raise DamagedFile(f'{str(path)!r} {other}; this kesi reads format 1')
 
 def load(path) -> Network:
     "Read a network from a file; in evaluation mode, on the CPU."
     net = empty(read_spec(path))
-    try: net.load_state_dict({n: t.clone() for n, t in safetensors.torch.load_file(str(path)).items()}, assign=True)   # copies: aligned in memory, so that not one bit of a result changes
-    except (RuntimeError, safetensors.SafetensorError) as e: raise DamagedFile(f'the weights in {str(path)!r} do not fit its spec: {e}') from e
+    try:      # copies: aligned in memory, so that not one bit of a result changes
+        state = {n: t.clone() for n, t in safetensors.torch.load_file(str(path)).items()}
+        net.load_state_dict(state, assign=True)
+    except (RuntimeError, safetensors.SafetensorError) as e:
+        raise DamagedFile(f'the weights in {str(path)!r} do not fit its spec: {e}') from e
     for p in net.parameters(): p.requires_grad_(True)
     return net.eval()
 

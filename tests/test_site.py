@@ -1,5 +1,5 @@
 "The built site and JupyterLab in a real browser: headless Chromium, at desktop and phone width, light and dark."
-import json, os, re, shutil, socket, subprocess, sys, time
+import json, os, re, shlex, shutil, socket, subprocess, sys, time
 from html.parser import HTMLParser
 from pathlib import Path
 import pytest
@@ -156,6 +156,88 @@ def test_search_and_folded_solutions(site, browser):
     browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", fold)
     fold.find_element('css selector', 'summary').click()
     until(code.is_displayed, what='the unfolded solution')
+
+# The playground of the page itself
+
+SET = '''const e = document.querySelector(`#kesi-playground [name="${arguments[0]}"]`);
+if (e.type === 'checkbox') e.checked = arguments[1]; else e.value = arguments[1];
+e.dispatchEvent(new Event('input', { bubbles: true }));'''
+SHOWN = '''const all = q => [...document.querySelectorAll(`#kesi-playground ${q}`)];
+return { widths: JSON.parse(document.getElementById('kesi-playground').dataset.widths || 'null'),
+  rows: all('tbody tr').map(r => [...r.querySelectorAll('[data-value]')].map(c => Number(c.dataset.value))),
+  text: all('tbody tr').map(r => [...r.querySelectorAll('[data-value]')].map(c => c.innerText)),
+  command: all('code').map(e => e.innerText).join(''), measured: all('.measured p').map(e => e.innerText).join(),
+  chosen: all('circle.chosen').length, refused: all('.refused').map(e => e.innerText).join() };'''
+
+PLANS = [dict(network='resnet20', dataset='digits'),
+         dict(network='resnet20', dataset='digits', iterations=3, multiple=4, rate1=.05, rate3=.4),
+         dict(network='resnet56', dataset='cifar10', multiple=8, rate2=.35),
+         dict(network='resnet110', dataset='digits', spare=False, iterations=4),
+         dict(network='preresnet164', dataset='fashion_mnist', iterations=7, multiple=2),
+         dict(network='wrn_16_8', dataset='cifar100', rate1=.15, rate2=.15, rate3=.15),
+         dict(network='vgg16', dataset='cifar10', iterations=2, multiple=16),
+         dict(network='vgg16', dataset='digits', spare=False, rate2=.55),
+         dict(network='resnet18', dataset='tiny_imagenet', rate4=.6, iterations=1)]
+SIZES = {'digits': (10, 1, 16), 'fashion_mnist': (10, 1, 28), 'cifar10': (10, 3, 32),
+         'cifar100': (100, 3, 32), 'tiny_imagenet': (200, 3, 224)}
+
+def recipe_of(command):
+    "The recipe that a command of the playground runs."
+    from kesi import paper
+    program, name, *settings = shlex.split(command)
+    assert program == 'kesi_run' and set(settings[::2]) <= {'--set'}
+    return paper.with_settings(paper.recipe(name), settings[1::2])
+
+@browser_test
+@pytest.mark.parametrize('plan', PLANS, ids=lambda p: f'{p["network"]} {p["dataset"]}')
+def test_the_page_counts_as_python_does(site, browser, plan):
+    "What the sliders of the page show, and the command that it hands on, against `kesi.paper` and `kesi.macs`."
+    from kesi import paper
+    from kesi.macs import count
+    from kesi.models import Spec
+    browser.get((site/'use'/'playground.html').as_uri())
+    for name, value in plan.items(): browser.execute_script(SET, name, value)
+    seen = browser.execute_script(SHOWN)
+    r = recipe_of(seen['command'])
+    assert (r.arch, r.data, r.multiple) == (plan['network'], plan['dataset'], plan.get('multiple', 1))
+    assert r.iterations == plan.get('iterations', 5)
+    stages, rates = iter(paper.stages(r.arch)), iter(r.pruning)
+    for s, published in enumerate([[next(rates) for _ in range(n)] for n in stages], 1):
+        assert plan.get(f'rate{s}') in (None, max(published)), (s, published)
+    theirs = paper.full_widths(r.arch)
+    for _ in range(r.iterations): theirs = paper.shrink(theirs, paper.plan(r.arch))
+    assert tuple(seen['widths']) == r.widths(r.iterations)
+    classes, channels, side = SIZES[r.data]
+    for row, text, widths in zip(seen['rows'], seen['text'], (None, theirs, r.widths(r.iterations))):
+        exact = count(Spec(r.arch, widths, classes, channels), side)
+        assert row[:3] == [exact.params, exact.macs, 4 * exact.params]
+        assert [t.split()[0] for t in text[:2]] == [f'{exact.params:,}', f'{exact.macs:,}']
+
+@browser_test
+def test_sliders_of_the_page_move(site, browser):
+    "Keys move a slider, a click copies the command, too much is refused, and measured plans show their accuracy."
+    from selenium.webdriver.common.keys import Keys
+    from kesi import paper
+    page, find = site/'use'/'playground.html', browser.find_element
+    browser.get(page.as_uri())
+    before = browser.execute_script(SHOWN)
+    study = json.loads((ROOT/'nbs'/'reproduce'/'results'/'how_far.json').read_text(encoding='utf-8'))
+    kesi = [100 * s['networks']['kesi 5']['accuracy'] for s in study['seeds']]
+    assert f'KESI {sum(kesi) / len(kesi):.2f} %' in before['measured'] and before['chosen'] == 3
+    slider = find('css selector', '#kesi-playground [name="rate3"]')
+    for _ in range(3): slider.send_keys(Keys.ARROW_RIGHT)
+    now = browser.execute_script(SHOWN)
+    assert now['rows'][2][0] < before['rows'][2][0] and now['chosen'] == 0
+    assert recipe_of(now['command']).rates == (.1, .2, .45)
+    find('css selector', '#kesi-playground [name="copy"]').click()
+    until(lambda: find('css selector', '#kesi-playground [name="copy"]').text == 'Copied', what='a copy')
+    browser.execute_script(SET, 'rate3', .9)
+    with pytest.raises(paper.UserError) as said: paper.shrink((6,), (.9,))
+    assert 'at least one' in str(said.value)
+    seen = browser.execute_script(SHOWN)
+    assert seen['widths'] is None and 'at least one' in seen['refused']
+    find('css selector', '#kesi-playground [name="reset"]').click()
+    assert browser.execute_script(SHOWN)['rows'] == before['rows']
 
 # JupyterLab
 

@@ -27,7 +27,9 @@ from .training import fit, loaders
 # %% ../nbs/use/any_network.ipynb #9b78442e
 def _torch_pruning():
     try: import torch_pruning
-    except ImportError: raise UserError('pruning a network that is not one of kesi needs Torch-Pruning: pip install kesi[anynet]') from None
+    except ImportError:
+        raise UserError('pruning a network that is not one of kesi needs Torch-Pruning: '
+                        "pip install -e '.[anynet]' in a clone of kesi") from None
     return torch_pruning
 
 def unwrapped(net: nn.Module) -> nn.Module:

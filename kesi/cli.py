@@ -31,6 +31,7 @@ def _told(e):
     if isinstance(e, RuntimeError) and 'closed by peer' in str(e):
         return 'another process of this run ended; run the same command again to go on'
 
+# %% ../nbs/engine/cli.ipynb #cli-guarded
 def guarded(main, # what to do; gets the parsed arguments
             args):
     "Run a command; exceptions become one line and an exit code."
@@ -267,6 +268,7 @@ def _export_parser():
                    help='measure milliseconds in torch and in ONNX Runtime')
     return p
 
+# %% ../nbs/engine/cli.ipynb #cli-factory
 def _factory(text):
     "The function of `module:function`."
     from importlib import import_module
@@ -341,6 +343,7 @@ def _int8(args, out, record):
     return small, (f'{small}: {small.stat().st_size:,} bytes; test accuracy {rounded:.2%}, '
                    f'with 32 bits {exact:.2%}')
 
+# %% ../nbs/engine/cli.ipynb #cli-export
 def _export(args):
     if args.size is not None and args.size < 1:
         raise UserError(f'size must be a whole number from 1; got {args.size}')
@@ -384,6 +387,7 @@ def _bench_parser():
     _machine_options(p)
     return p
 
+# %% ../nbs/engine/cli.ipynb #cli-bench
 def _bench(args):
     from kesi import bench
     def listed(text): return text and tuple(text.split(','))
@@ -435,6 +439,7 @@ def _sweep_parser():
     _evaluate_option(p)
     return p
 
+# %% ../nbs/engine/cli.ipynb #cli-sweep
 def _sweep(args):
     from kesi import scale
     settings = [*args.settings, *([f'variants={args.variants}'] if args.variants else [])]
@@ -469,6 +474,7 @@ def _store_parser():
         kind.add_argument(option, action='store_true', help=meaning)
     return p
 
+# %% ../nbs/engine/cli.ipynb #cli-store
 def _agreed(args):
     "May unused things go? They go unasked with --yes only, and never where nobody can be asked."
     if args.yes: return True

@@ -22,7 +22,9 @@ def _needs(name):
     "A module of the extra, or an error that says how to get it."
     from importlib import import_module
     try: return import_module(name)
-    except ImportError as e: raise UserError(f'this needs {e.name or name}, which is not installed: pip install kesi[deploy]') from None
+    except ImportError as e:
+        raise UserError(f'this needs {e.name or name}, which is not installed: '
+                        "pip install -e '.[deploy]' in a clone of kesi") from None
 
 @contextlib.contextmanager
 def _quiet():

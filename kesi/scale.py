@@ -168,7 +168,8 @@ def _ray():
     "Ray without its dashboard and its reports to its makers."
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0'); os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')
     try: import ray
-    except ImportError as e: raise UserError('a sweep needs Ray: pip install kesi[sweep]') from e
+    except ImportError as e:
+        raise UserError("a sweep needs Ray: pip install -e '.[sweep]' in a clone of kesi") from e
     return ray
 
 def _connect(ray, workers, threads, address):

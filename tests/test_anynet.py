@@ -100,7 +100,7 @@ class Two(Flat):
 
 def test_without_torch_pruning(monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch_pruning', None)
-    with pytest.raises(UserError, match=r'pip install kesi\[anynet\]'): groups(Handmade(), SHAPE)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[anynet\]'"): groups(Handmade(), SHAPE)
 
 # Training and files
 

@@ -82,3 +82,24 @@ def test_exported_modules_stand_alone():
     "Every module imports without nbdev and without the others; `kesi.paper` without torch."
     done = subprocess.run([sys.executable, '-W', 'error::SyntaxWarning', '-c', ALONE, *modules()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_page_installs_a_stranger():
+    "The index of packages has another project of our name: extras are installed from a clone."
+    listed = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True, check=True)
+    asked = re.compile(r'pip3? install (?:-[-\w=]+ )*[\'"]?kesi\b')
+    texts = {'.py', '.ipynb', '.md', '.ini', '.toml', '.yml', '.sh', '.html', '.js', '.json', ''}
+    names = [n for n in listed.stdout.split('\0') if n and Path(n).suffix in texts]
+    assert 'README.md' in names and 'nbs/use/any_network.ipynb' in names
+    wrong = [n for n in names if asked.search((ROOT/n).read_text(errors='replace'))]
+    assert not wrong, f'these install another project named kesi: {wrong}'
+
+
+def test_users_may_have_any_fastcore():
+    "Only nbdev 2, which developers use, needs an old one."
+    import configparser, shlex
+    settings = configparser.ConfigParser(delimiters=['='], interpolation=None)
+    settings.read(ROOT/'settings.ini', encoding='utf-8')
+    lists = {n: shlex.split(v) for n, v in settings['DEFAULT'].items() if n.endswith('requirements')}
+    bounded = {n for n, words in lists.items() for w in words if w.startswith('fastcore') and w != 'fastcore'}
+    assert 'fastcore' in lists['requirements'] and bounded == {'dev_requirements'}

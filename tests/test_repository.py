@@ -44,7 +44,7 @@ def test_package_is_in_step_with_notebooks(tmp_path):
 
 
 STAIRCASE = ('paper', 'runtime', 'data', 'models', 'macs', 'pruning', 'schedules', 'training', 'ensemble', 'distill',
-             'store', 'pipeline', 'report', 'zoo', 'anynet', 'scale', 'deploy', 'bench', 'cli', 'studies')
+             'store', 'pipeline', 'report', 'zoo', 'deploy', 'anynet', 'scale', 'bench', 'cli', 'studies')
 
 
 def modules():

@@ -824,32 +824,35 @@ def _by_clock(at, most, share, goal, start):
     return at(high)
 
 # %% ../nbs/use/compress.ipynb #c0a1d018
-def _time_share(net, small, shape, seconds=.5):
-    "Milliseconds of a network as a share of another's, and those of the other."
+def _time_share(net, small, shape, seconds=.7):
+    "Milliseconds of a network as a share of another's, and those of the other; the undisturbed calls count."
     runs = {'before': deploy.runner(net, shape), 'after': deploy.runner(small, shape)}
-    times = deploy.in_turns(runs, shape, seconds)
+    times = deploy.in_turns(runs, shape, seconds, quantile=.2)
     return times['after'] / times['before'], times['before']
+
+def _goal_of(target, net, shape, whole):
+    "A target as a share of what the network has now."
+    now = 1 if target.value < 1 else whole or _time_share(net, net, shape)[1]
+    if target.value >= now: raise UserError(f'the network meets the target of {target.text} already')
+    return target.value / now
 
 def _meeting(net, shape, found, rates, multiple, target, streams):
     "The widths that meet a target."
     at, most = _scaled(found, rates, multiple)
-    def narrow(widths): return cut_to(net, shape, widths, streams)
     what, measure = MEASURES[target.kind]
     counted = measure or MEASURES['macs'][1]
-    whole, least = counted(net, shape), counted(narrow(at(most)), shape)
-    share, goal = functools.cache(lambda widths: counted(narrow(widths), shape) / whole), target.value
-    if goal >= 1: goal /= _time_share(net, net, shape)[1] if measure is None else whole
-    if goal > 1: raise UserError(f'the network meets the target of {target.text} already')
-    if least / whole > goal and measure:
-        raise UserError(f'{target.text} cannot be reached: with all groups that may be cut as narrow as can be, '
-                        f'{least / whole:.0%} of the {what} remain. Other rates=, or streams=True, cut more')
-    if measure: return _by_counting(at, most, share, goal)
-    start = smallest(lambda k: share(at(most * k / 64)) <= max(goal, least / whole), 64) * most / 64
-    widths = _by_clock(at, most, lambda w: _time_share(net, narrow(w), shape)[0], goal, start)
-    if (found_share := _time_share(net, narrow(widths), shape)[0]) > 1.1 * goal:
-        raise UserError(f'{target.text} cannot be reached: {found_share:.0%} of the time remain. '
+    def narrow(widths): return cut_to(net, shape, widths, streams)
+    whole = counted(net, shape)
+    goal = _goal_of(target, net, shape, measure and whole)
+    share = functools.cache(lambda widths: counted(narrow(widths), shape) / whole)
+    timed = functools.cache(lambda widths: _time_share(net, narrow(widths), shape)[0])
+    if (least := (share if measure else timed)(at(most))) > goal:
+        raise UserError(f'{target.text} cannot be reached: with all groups that may be cut as narrow '
+                        f'as can be, {least:.0%} of the {what} remain. '
                         'Other rates=, or streams=True, cut more')
-    return widths
+    if measure: return _by_counting(at, most, share, goal)
+    start = smallest(lambda k: share(at(most * k / 64)) <= max(goal, share(at(most))), 64)
+    return _by_clock(at, most, timed, goal, start * most / 64)
 
 # %% ../nbs/use/compress.ipynb #c0a1d019
 @dataclass

@@ -7,7 +7,7 @@ __all__ = ['unwrapped', 'shape_of', 'to_onnx', 'session', 'agree', 'export', 'in
            'latency', 'latency_table', 'filled', 'fastest_widths', 'quantize', 'onnx_accuracy', 'card', 'share']
 
 # %% ../nbs/use/deploy.ipynb #b1071ae8
-import contextlib, copy, importlib, io, logging, statistics, tempfile, time, warnings
+import contextlib, copy, importlib, io, logging, tempfile, time, warnings
 from pathlib import Path
 import torch
 from torch import nn
@@ -136,7 +136,8 @@ def export(net,             # one of ours, what `compress` returned, or any othe
 def in_turns(runs: dict,            # name → function of one batch
              x,                     # the batch, or the shape of one image
              seconds: float = .5,   # measure for about that long each, at least five times
-            ) -> dict:              # name → median milliseconds of one call
+             quantile: float = .5,  # .5 is the median; less on a machine that is busy with other things
+            ) -> dict:              # name → milliseconds of one call
     "How long some calls take; they take turns, so that whatever else the machine does slows all alike."
     x, times = _images(1, x) if isinstance(x, tuple) else x, {n: [] for n in runs}
     for _ in range(3):
@@ -148,7 +149,7 @@ def in_turns(runs: dict,            # name → function of one batch
             begun = time.perf_counter()
             run(x)
             times[n].append(time.perf_counter() - begun)
-    return {n: 1000 * statistics.median(t) for n, t in times.items()}
+    return {n: 1000 * sorted(t)[int(quantile * (len(t) - .5))] for n, t in times.items()}
 
 def milliseconds(run,                   # function of one batch
                  x,                     # the batch

@@ -504,11 +504,21 @@ def _pair(batch, classes=None):
         raise UserError('images must be floating-point numbers, scaled as the network was trained; got '
                         f'{x.dtype}. For bytes: images.float() / 255, or a kesi.data.Dataset, which '
                         'also crops and mirrors')
+    if y.ndim == 2 and y.is_floating_point() and len(y) == len(x): return x, _soft(y, classes)
     if y.ndim != 1 or len(y) != len(x) or y.is_floating_point():
         raise UserError('labels must be whole numbers, one for each image; '
                         f'got {y.dtype} of shape {tuple(y.shape)} for {len(x)} images')
     if classes: _check_labels(y, classes)
     return x, y
+
+# %% ../nbs/use/compress.ipynb #c6c94ddb
+def _soft(y, classes):
+    "Labels that are shares, as MixUp makes them: the largest as the label, all of them as its `soft`."
+    if classes and y.shape[1] != classes:
+        raise UserError(f'soft labels must be N×{classes}, as the network gives {classes} logits; got {tuple(y.shape)}')
+    label = y.argmax(1)
+    label.soft = y
+    return label
 
 def _check_labels(y, classes):
     low, high = int(y.min()), int(y.max())
@@ -559,7 +569,9 @@ class Batches:
         batches = iter(self.loader)
         while (batch := _next(batches)) is not None:
             x, y = _pair(batch, self.classes)
-            yield self.rt.place(x), y.to(self.rt.device, torch.int64)
+            label = y.to(self.rt.device, torch.int64)
+            if hasattr(y, 'soft'): label.soft = y.soft.to(self.rt.device)
+            yield self.rt.place(x), label
     def epoch(self, *seed):
         "An epoch that the seed names; `fit` has seeded torch, from where the DataLoader shuffles."
         with drawn(_generators(self.loader), *seed, 'images'): yield from self

@@ -8,7 +8,8 @@ from torchvision.transforms.functional import to_pil_image
 from strangers import FACTORIES, SHAPE, Handmade, names, pruned
 import kesi
 from kesi import deploy, paper
-from kesi.anynet import Source, _Graph, _groups, _kept, cut, free, groups, load, plan, save, spread, widths_left
+from kesi.anynet import (MEASURES, Source, _Graph, _groups, _kept, cut, cut_to, free, groups, load, plan,
+                         save, spread, widths_left)
 from kesi.data import load as load_data
 from kesi.macs import count
 from kesi.models import Spec, build
@@ -433,3 +434,83 @@ def test_labels_and_pictures_that_do_not_fit(digits):
         kesi.compress(Tiny(), pictures, test, **QUICK)
     ragged = Rows([i[:, :8] if n else i for n, i in enumerate(x)], y)
     with pytest.raises(UserError, match='cannot be put into a batch'): kesi.compress(Tiny(), ragged, test, **QUICK)
+
+# Targets
+
+@pytest.mark.parametrize('kind, value', (('macs', .5), ('params', .4), ('bytes', .6), ('macs', 1.2e7)))
+def test_a_target_is_met_within_two_percent(kind, value):
+    net = Handmade().eval()
+    measure = MEASURES[kind][1]
+    p = plan(net, SHAPE, target={kind: value}, iterations=3)
+    small = net
+    for w in p.widths: small = cut_to(small, SHAPE, w)
+    goal = value if value > 1 else value * measure(net, SHAPE)
+    assert .98 * goal <= measure(small, SHAPE) <= goal
+    assert all(a >= b for x, y in zip(p.widths, p.widths[1:]) for a, b in zip(x, y))
+    assert count(small, SHAPE) == p.counts[-1]
+
+def test_wide_layers_keep_multiples_of_eight():
+    p = plan(Handmade(), SHAPE, rates=.3, iterations=2)
+    for g, w in zip(free(p.groups), p.widths[-1]): assert w % 8 == 0 if g.width >= 32 else w < g.width
+    assert plan(Handmade(), SHAPE, rates=.3, iterations=1, multiple=1).widths == [widths_left(p.groups, .3)]
+
+def test_targets_that_cannot_be_met():
+    for wrong, match in (({'macs': 1e-4}, 'cannot be reached: .* remain'), ({'params': 1e9}, 'meets the target'),
+                         ({'flops': .5}, 'must be a dictionary with one of macs'), ({'macs': -1}, 'got -1'),
+                         ({'macs': True}, 'got True'), ({}, 'got {}'), ('half', "got 'half'")):
+        with pytest.raises(UserError, match=match): plan(Handmade(), SHAPE, target=wrong)
+
+def test_the_accuracy_may_fall_so_far(digits):
+    "The snapshot before the first that falls further is distilled; a limit that nothing breaks prunes to the end."
+    torch.manual_seed(0)
+    how = quick(valid=.2, iterations=3, target={'accuracy_drop': .9})
+    s = kesi.compress(Tiny(), *digits, **how)
+    assert len(s.plan.widths) == 3 and s.report['recipe']['iterations'] == 3
+    assert s.report['recipe']['valid'] == pytest.approx(.2)
+    limited = kesi.compress(s.snapshots[-1].network, *digits, **quick(valid=.2, iterations=2, lr=1e-9, target={'accuracy_drop': .0}, rates={'a': .01, 'b': .01}))
+    drops = [limited.snapshots[0].accuracy - t.accuracy for t in limited.snapshots if t.name.startswith('one-cycle')]
+    assert max(drops) <= 0
+
+def test_validation_data_choose_and_test_data_are_last(digits):
+    "The test data change nothing but the accuracy at the end."
+    (x, y), (tx, ty) = digits
+    torch.manual_seed(0)
+    net = Tiny()
+    a, b = (kesi.compress(net, (x, y), t, valid=.2, **quick()) for t in ((tx, ty), (tx, (ty + 1) % 10)))
+    assert all(torch.equal(p, q) for p, q in zip(a.network.state_dict().values(), b.network.state_dict().values()))
+    with torch.no_grad(): assert b.accuracy == pytest.approx((b(tx).argmax(1) == (ty + 1) % 10).double().mean().item(), abs=1e-6)
+    for wrong, match in ((2, 'share between 0 and 1'), (0., 'share between 0 and 1'), (True, 'valid|got bool'), ('x', 'got str')):
+        with pytest.raises(UserError, match=match): kesi.compress(net, (x, y), (tx, ty), valid=wrong, **quick())
+
+def test_any_snapshot_can_be_picked_and_compressed_further(digits, tmp_path):
+    torch.manual_seed(0)
+    s = kesi.compress(Tiny(), *digits, **quick(iterations=2))
+    assert [n.name for n in s.snapshots] == ['baseline', 'one-cycle 1', 'one-cycle 2', 'kesi']
+    one = s.pick(max_macs=s.snapshots[1].macs, max_params=s.snapshots[1].params)
+    assert one.stage in ('one-cycle 1', 'one-cycle 2', 'kesi') and s.pick(min_accuracy=0).size.macs == s.snapshots[-1].macs
+    with pytest.raises(UserError, match='no snapshot is within these limits; there are baseline'): s.pick(max_macs=1)
+    further = kesi.compress(one, *digits, **quick())
+    assert further.size.params < one.size.params
+    again = load(further.save(tmp_path/'n'), Tiny)         # from the class as it was before all pruning
+    assert torch.equal(again(digits[1][0]), further(digits[1][0]))
+
+def test_ctrl_c_says_that_the_same_call_goes_on(digits, tmp_path):
+    for name, match in (('d', 'the same call goes on from here'), (None, 'with a name= the same call')):
+        said = []
+        def say(line):
+            said.append(line)
+            if line.startswith('as given'): raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt): kesi.compress(Tiny(), *digits, name=name, out=tmp_path, **quick(say=say))
+        assert match in said[-1]
+
+def test_soft_labels(digits):
+    "MixUp in the DataLoader: the loss sees the shares, the accuracy the larger one."
+    x, y = digits[0]
+    def mixed(rows):
+        a, b = torch.stack([r[0] for r in rows]), F.one_hot(torch.tensor([r[1] for r in rows]), 10).float()
+        return .7 * a + .3 * a.flip(0), .7 * b + .3 * b.flip(0)
+    loader = DataLoader(Rows(x, y), 50, shuffle=True, collate_fn=mixed)
+    how = {k: v for k, v in quick().items() if k != 'retrain_batch'}
+    s = kesi.compress(Tiny(), loader, digits[1], **how)
+    losses = [h['train_loss'] for h in s.history['one-cycle 1']]
+    assert losses[0] > -(.7 * torch.tensor(.7).log() + .3 * torch.tensor(.3).log()) - 1e-6     # entropy of the labels

@@ -1,19 +1,22 @@
 "Networks that kesi did not build: cut through the graph, trained, stored, loaded elsewhere, and compressed."
-import copy, dataclasses, json, subprocess, sys
+import copy, dataclasses, json, random, subprocess, sys
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F, torch.nn.utils.prune
 from torch import nn
 from torch.utils.data import DataLoader
+from torchvision.transforms.functional import to_pil_image
 from strangers import FACTORIES, SHAPE, Handmade, names, pruned
 import kesi
-from kesi import paper
-from kesi.anynet import Source, _Graph, _groups, _kept, cut, groups, load, save, spread
+from kesi import deploy, paper
+from kesi.anynet import (MEASURES, Source, _Graph, _groups, _kept, cut, cut_to, free, groups, load, plan,
+                         save, spread, widths_left)
 from kesi.data import load as load_data
 from kesi.macs import count
 from kesi.models import Spec, build
 from kesi.paper import UserError
 from kesi.pruning import prune_filters
-from kesi.runtime import DamagedFile, Runtime
+from kesi.runtime import DamagedFile, Diverged, Runtime
+from kesi.training import Training, fit
 
 pytest.importorskip('torch_pruning')
 RT = Runtime(channels_last=False, threads=1)
@@ -42,7 +45,7 @@ def test_the_cut_network_is_the_big_one_with_those_filters_silenced(name):
         if t.ndim == 1: t.copy_(.5 + torch.rand(t.shape, generator=torch.Generator().manual_seed(len(t)), dtype=t.dtype))
     small, silent = cut(big, SHAPE, .3), copy.deepcopy(big)
     graph = _Graph(silent, SHAPE); found = _groups(graph, False)
-    for root, keep in _kept(graph, found, .3, 1).items():
+    for root, keep in _kept(graph, found, widths_left(found, .3)).items():
         gone = sorted(set(range(len(graph.layers[root].weight))) - set(keep.tolist()))
         for item in graph.graph.get_pruning_group(graph.layers[root], graph.tp.prune_conv_out_channels, gone):
             m = item.dep.target.module
@@ -100,7 +103,7 @@ class Two(Flat):
 
 def test_without_torch_pruning(monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch_pruning', None)
-    with pytest.raises(UserError, match=r"pip install -e '\.\[anynet\]'"): groups(Handmade(), SHAPE)
+    with pytest.raises(UserError, match=r'pip install -e .\.\[anynet\]'): groups(Handmade(), SHAPE)
 
 # Training and files
 
@@ -212,7 +215,8 @@ def test_compress_takes_datasets_loaders_and_our_own(digits):
     rows = Rows(*train), Rows(*test)
     ours = load_data('digits')
     for a, b in ((train, test), rows, (DataLoader(rows[0], 64, shuffle=True, drop_last=True), DataLoader(rows[1], 64, shuffle=True)), (ours, None)):
-        s = kesi.compress(Tiny(), a, b, **{**QUICK, 'iterations': 1, 'variants': ('one-cycle',)})
+        how = {k: v for k, v in QUICK.items() if not (k == 'retrain_batch' and isinstance(a, DataLoader))}
+        s = kesi.compress(Tiny(), a, b, **{**how, 'iterations': 1, 'variants': ('one-cycle',)})
         assert s.home is None and [r['variant'] for r in s.report['table']] == ['baseline', 'one-cycle', 'ensemble']
         assert s(torch.zeros(3, 1, 16, 16)).shape == (3, 10)
 
@@ -235,10 +239,278 @@ def test_what_compress_refuses(digits):
 
 def test_test_data_are_put_into_order(digits):
     x, y = digits[1]
-    s = Source(digits[0], DataLoader(Rows(x, y), 50, shuffle=True), 64, '')
+    s = Source(digits[0], DataLoader(Rows(x, y), 50, shuffle=True))
     assert torch.equal(torch.cat([b for _, b in s.loaders(64, RT)[1]]), y)
 
 def test_the_recipe_of_a_stranger():
     r = paper.Recipe(arch='own:Tiny', rates=(.1, .2))
     assert paper.from_dict(json.loads(paper.to_json(r))) == r and r.pruning == (.1, .2) and dataclasses.replace(r, iterations=9).iterations == 9
     with pytest.raises(UserError): paper.recipe('digits/own:Tiny')
+
+# What was silently wrong
+
+def quick(**changes): return {**QUICK, 'iterations': 1, **changes}
+
+def test_label_smoothing_happens(digits, tmp_path):
+    "Another loss is another training, with other weights; and no stage has teachers that are no stages."
+    torch.manual_seed(0)
+    net, found = Tiny(), []
+    for loss in ('cross-entropy', 'label-smoothing'):
+        s = kesi.compress(net, *digits, name='d', out=tmp_path, loss=loss, **quick(variants=('one-cycle',)))
+        found.append(s.network.fc.weight)
+    assert not torch.equal(*found)
+    stages = [json.loads(p.read_text())['stage'] for p in tmp_path.glob('retrain-*/manifest.json')]
+    assert sorted(s['loss'] for s in stages) == ['cross-entropy', 'label-smoothing']
+    assert not any('teachers' in s for s in stages)
+
+def test_losses_of_the_callers_own(digits, tmp_path):
+    "A module with class weights takes effect; the same one is found again, another one is not."
+    torch.manual_seed(0)
+    net, found = Tiny(), []
+    for factor in (1., 1., 9.):
+        weight = torch.ones(10)
+        weight[3] = factor
+        loss = nn.CrossEntropyLoss(weight=weight)
+        s = kesi.compress(net, *digits, name='d', out=tmp_path, loss=loss, **quick(variants=('one-cycle',)))
+        found.append(s.network.fc.weight)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    assert len(list(tmp_path.glob('retrain-*'))) == 2
+
+@pytest.mark.parametrize('variants, stage', ((('one-cycle',), 'one-cycle 1'), (('pfec',), 'pfec 1'),
+                                             (('kesi', 'pfec'), 'kesi')))
+def test_the_accuracy_is_that_of_the_network_that_is_returned(digits, variants, stage):
+    s = kesi.compress(Tiny(), *digits, **quick(variants=variants))
+    with torch.no_grad(): right = (s(digits[1][0]).argmax(1) == digits[1][1]).double().mean().item()
+    assert s.stage == stage and s.accuracy == pytest.approx(right, abs=1e-6)
+    assert f'→ {right:.2%}' in repr(s) and s.size.params == sum(p.numel() for p in s.network.parameters())
+    assert f'Test accuracy {100 * right:.2f} %' in deploy.card(s)
+
+class Augmented(Rows):
+    "Noise on the images, from torch's global generator."
+    def __getitem__(self, i): return self.x[i] + .1 * torch.randn(()), int(self.y[i])
+
+@pytest.mark.parametrize('kind', (Rows, Augmented))
+@pytest.mark.parametrize('loader', (False, True))
+def test_other_data_are_not_taken_for_the_same(digits, tmp_path, kind, loader):
+    "Of the same length, under the same name; one label is another, or one pixel."
+    (x, y), test = digits
+    def digest(x, y, **kw):
+        rows = kind(x, y)
+        return Source(DataLoader(rows, 32, shuffle=True) if loader else rows, test, 'same', **kw).digest
+    label, pixel = y.clone(), x.clone()
+    label[150] = (label[150] + 1) % 10
+    pixel[150, 0, 3, 3] += .5
+    assert digest(x, y) == digest(x.clone(), y.clone())
+    assert len({digest(x, y), digest(x, label), digest(pixel, y), digest(x, y, version='2')}) == 4
+
+def test_batches_of_a_loader_belong_to_its_data(digits):
+    rows = Rows(*digits[0])
+    found = {Source(DataLoader(rows, n, shuffle=s), digits[1], 'same').digest for n in (16, 32) for s in (True, False)}
+    assert len(found) == 4
+
+class Restless(Rows):
+    "A random generator of its own, which goes on from sample to sample."
+    rng = torch.Generator()
+    def __getitem__(self, i): return self.x[i] + .1 * torch.randn((), generator=self.rng), int(self.y[i])
+
+def test_data_that_cannot_be_told_need_a_version(digits, tmp_path):
+    rows = Restless(*digits[0])
+    with pytest.raises(UserError, match='train: the samples come out differently each time.*give version='):
+        Source(rows, digits[1], 'named')
+    assert Source(rows, digits[1], 'named', version='1').digest != Source(rows, digits[1], 'named', version='2').digest
+    Source(rows, digits[1])                                # nothing is kept, so nothing needs a name
+
+def test_telling_data_leaves_the_random_numbers_alone(digits):
+    torch.manual_seed(5)
+    random.seed(5)
+    before = torch.get_rng_state(), random.getstate()
+    Source(Augmented(*digits[0]), digits[1], 'named')
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
+
+class PythonNoise(Rows):
+    def __getitem__(self, i): return self.x[i] + random.random() / 10, int(self.y[i])
+
+@pytest.mark.parametrize('kind', ('generator', 'python', 'workers'))
+def test_a_stopped_training_goes_on_exactly(digits, tmp_path, kind):
+    "DataLoaders that remember earlier epochs: a generator, Python's random numbers, persistent workers."
+    (x, y), test = digits
+    how = {'generator': dict(generator=torch.Generator().manual_seed(3)),
+           'workers': dict(num_workers=1, persistent_workers=True), 'python': {}}[kind]
+    rows = {'python': PythonNoise, 'workers': Augmented}.get(kind, Rows)(x[:128], y[:128])
+    torch.manual_seed(0)
+    net, t = Tiny(), Training(3, 64, .05)
+    class Stop(Exception): pass
+    def stop(record):
+        if record['epoch'] == 1: raise Stop
+    def train(**kw):
+        source = Source(DataLoader(rows, 64, shuffle=True, **how), test)
+        return fit(net, source, t, rt=RT, **kw)[0].state_dict()
+    whole = train()
+    with pytest.raises(Stop): train(checkpoint=tmp_path/'c', on_epoch=stop)
+    again = train(checkpoint=tmp_path/'c')
+    for n, w in whole.items(): assert torch.equal(w, again[n]), n
+
+def test_settings_that_would_be_ignored_are_refused(digits):
+    train, test = digits
+    loader = DataLoader(Rows(*train), 32, shuffle=True)
+    for wrong, match in ((dict(batch=32), 'no setting .batch.'), (dict(weight_decay=1e-3), 'no setting .weight_decay.'),
+                         (dict(schedule='step'), 'no setting'), (dict(small_lr=.01), 'without the variant pfec'),
+                         (dict(temperature=2, variants=('one-cycle',)), 'without the variant kesi'),
+                         (dict(retrain_lr=.1), 'is called lr here'), (dict(retrain_epochs=1), 'is called epochs here'),
+                         (dict(warmup=.2, variants=('pfec',)), 'without the variant'),
+                         (dict(lr=-500), 'lr must be a number above 0; got -500'), (dict(epochs=0), '^epochs must be')):
+        with pytest.raises(UserError, match=match): kesi.compress(Tiny(), train, test, **{**QUICK, **wrong})
+    for n in ('retrain_batch', 'distill_batch'):
+        how = {k: v for k, v in QUICK.items() if k != 'retrain_batch'}
+        with pytest.raises(UserError, match=f'{n} has no effect: the DataLoader'):
+            kesi.compress(Tiny(), loader, test, **how, **{n: 64})
+
+def test_batch_sizes_take_effect(digits):
+    source, seen = Source(*digits), []
+    for batch in (32, 100): seen.append([len(y) for _, y in source.loaders(batch, RT)[0].epoch(0)])
+    assert seen == [[32] * 9 + [12], [100] * 3]
+
+def test_a_loader_says_its_batch_size_in_the_recipe(digits):
+    how = {k: v for k, v in quick().items() if k != 'retrain_batch'}
+    s = kesi.compress(Tiny(), DataLoader(Rows(*digits[0]), 50, shuffle=True), digits[1], **how)
+    assert (s.report['recipe']['retrain_batch'], s.report['recipe']['distill_batch']) == (50, 50)
+
+def test_a_learning_rate_that_diverges_is_named_as_given(digits):
+    with pytest.raises(Diverged, match=r'lr=1e\+12 was given'): kesi.compress(Tiny(), *digits, **quick(lr=1e12))
+
+def test_a_path_is_not_a_beginning_of_letters():
+    net = nn.Sequential(*(nn.Sequential(nn.Conv2d(3 if i == 0 else 16, 16, 3, padding=1), nn.ReLU()) for i in range(12)),
+                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    found = groups(net, SHAPE)
+    rates = dict(zip((g.name for g in free(found)), spread(found, {'': .5, '1': 0})))
+    assert rates['1.0'] == 0 and rates['10.0'] == rates['11.0'] == .5
+
+class Halves(Flat):
+    "A split into fixed sizes, as in Res2Net."
+    def forward(self, x):
+        a, b = torch.split(self.b(self.a(x)), [8, 8], 1)
+        return self.fc(F.adaptive_avg_pool2d(torch.cat([a, b], 1), 4).flatten(1))
+
+class Shuffled(Flat):
+    def __init__(self): super().__init__(); self.up = nn.PixelShuffle(2); self.fc = nn.Linear(64, 10)
+    def forward(self, x): return self.fc(F.adaptive_avg_pool2d(self.up(self.b(self.a(x))), 4).flatten(1))
+
+class Heads(Flat):
+    "Channels in four heads of four, as in attention."
+    def forward(self, x):
+        x = self.b(self.a(x))
+        x = x.view(len(x), 4, 4, *x.shape[2:]).flatten(1, 2)
+        return self.fc(F.adaptive_avg_pool2d(x, 4).flatten(1))
+
+@pytest.mark.parametrize('net, said', ((Shuffled, r'its layer up \(PixelShuffle\) expects'), (Heads, 'its forward pass expects')))
+def test_what_a_cut_breaks_is_said(net, said):
+    with pytest.raises(UserError, match=f'fewer filters in b: {said}') as e: cut(net(), SHAPE, .4)
+    assert 'flatten' not in str(e.value) and "rates={'b': 0" in str(e.value)
+
+def test_fixed_splits_get_an_answer():
+    try: small = cut(Halves(), SHAPE, .4)
+    except UserError as e: assert 'fewer filters in b' in str(e) or 'cannot cut b' in str(e)
+    else: assert small(torch.zeros(1, *SHAPE)).shape == (1, 10)
+
+def test_tied_weights_are_refused_before_training(digits):
+    class Tied(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.again = nn.Linear(16, 10)
+            self.again.weight = self.fc.weight
+    with pytest.raises(UserError, match='fc.weight and again.weight are one tied weight'):
+        kesi.compress(Tied(), *digits, **QUICK)
+
+def test_labels_and_pictures_that_do_not_fit(digits):
+    (x, y), test = digits
+    y = y.clone()
+    y[-1] = 10                                             # in the last batch
+    match = 'labels must be from 0 to 9, as the network gives 10 logits; found 10'
+    for data in ((x, y), Rows(x, y), DataLoader(Rows(x, y), 100)):
+        how = {k: v for k, v in quick().items() if k != 'retrain_batch'}
+        with pytest.raises(UserError, match=match): kesi.compress(Tiny(), data, test, **how)
+    pictures = Rows([to_pil_image(i) for i in x], test[1])
+    with pytest.raises(UserError, match='the samples cannot be put into a batch .*ToTensor'):
+        kesi.compress(Tiny(), pictures, test, **QUICK)
+    ragged = Rows([i[:, :8] if n else i for n, i in enumerate(x)], y)
+    with pytest.raises(UserError, match='cannot be put into a batch'): kesi.compress(Tiny(), ragged, test, **QUICK)
+
+# Targets
+
+@pytest.mark.parametrize('kind, value', (('macs', .5), ('params', .4), ('bytes', .6), ('macs', 1.2e7)))
+def test_a_target_is_met_within_two_percent(kind, value):
+    net = Handmade().eval()
+    measure = MEASURES[kind][1]
+    p = plan(net, SHAPE, target={kind: value}, iterations=3)
+    small = net
+    for w in p.widths: small = cut_to(small, SHAPE, w)
+    goal = value if value > 1 else value * measure(net, SHAPE)
+    assert .98 * goal <= measure(small, SHAPE) <= goal
+    assert all(a >= b for x, y in zip(p.widths, p.widths[1:]) for a, b in zip(x, y))
+    assert count(small, SHAPE) == p.counts[-1]
+
+def test_wide_layers_keep_multiples_of_eight():
+    p = plan(Handmade(), SHAPE, rates=.3, iterations=2)
+    for g, w in zip(free(p.groups), p.widths[-1]): assert w % 8 == 0 if g.width >= 32 else w < g.width
+    assert plan(Handmade(), SHAPE, rates=.3, iterations=1, multiple=1).widths == [widths_left(p.groups, .3)]
+
+def test_targets_that_cannot_be_met():
+    for wrong, match in (({'macs': 1e-4}, 'cannot be reached: .* remain'), ({'params': 1e9}, 'meets the target'),
+                         ({'flops': .5}, 'must be a dictionary with one of macs'), ({'macs': -1}, 'got -1'),
+                         ({'macs': True}, 'got True'), ({}, 'got {}'), ('half', "got 'half'")):
+        with pytest.raises(UserError, match=match): plan(Handmade(), SHAPE, target=wrong)
+
+def test_the_accuracy_may_fall_so_far(digits):
+    "The snapshot before the first that falls further is distilled; a limit that nothing breaks prunes to the end."
+    torch.manual_seed(0)
+    how = quick(valid=.2, iterations=3, target={'accuracy_drop': .9})
+    s = kesi.compress(Tiny(), *digits, **how)
+    assert len(s.plan.widths) == 3 and s.report['recipe']['iterations'] == 3
+    assert s.report['recipe']['valid'] == pytest.approx(.2)
+    limited = kesi.compress(s.snapshots[-1].network, *digits, **quick(valid=.2, iterations=2, lr=1e-9, target={'accuracy_drop': .0}, rates={'a': .01, 'b': .01}))
+    drops = [limited.snapshots[0].accuracy - t.accuracy for t in limited.snapshots if t.name.startswith('one-cycle')]
+    assert max(drops) <= 0
+
+def test_validation_data_choose_and_test_data_are_last(digits):
+    "The test data change nothing but the accuracy at the end."
+    (x, y), (tx, ty) = digits
+    torch.manual_seed(0)
+    net = Tiny()
+    a, b = (kesi.compress(net, (x, y), t, valid=.2, **quick()) for t in ((tx, ty), (tx, (ty + 1) % 10)))
+    assert all(torch.equal(p, q) for p, q in zip(a.network.state_dict().values(), b.network.state_dict().values()))
+    with torch.no_grad(): assert b.accuracy == pytest.approx((b(tx).argmax(1) == (ty + 1) % 10).double().mean().item(), abs=1e-6)
+    for wrong, match in ((2, 'share between 0 and 1'), (0., 'share between 0 and 1'), (True, 'valid|got bool'), ('x', 'got str')):
+        with pytest.raises(UserError, match=match): kesi.compress(net, (x, y), (tx, ty), valid=wrong, **quick())
+
+def test_any_snapshot_can_be_picked_and_compressed_further(digits, tmp_path):
+    torch.manual_seed(0)
+    s = kesi.compress(Tiny(), *digits, **quick(iterations=2))
+    assert [n.name for n in s.snapshots] == ['baseline', 'one-cycle 1', 'one-cycle 2', 'kesi']
+    one = s.pick(max_macs=s.snapshots[1].macs, max_params=s.snapshots[1].params)
+    assert one.stage in ('one-cycle 1', 'one-cycle 2', 'kesi') and s.pick(min_accuracy=0).size.macs == s.snapshots[-1].macs
+    with pytest.raises(UserError, match='no snapshot is within these limits; there are baseline'): s.pick(max_macs=1)
+    further = kesi.compress(one, *digits, **quick())
+    assert further.size.params < one.size.params
+    again = load(further.save(tmp_path/'n'), Tiny)         # from the class as it was before all pruning
+    assert torch.equal(again(digits[1][0]), further(digits[1][0]))
+
+def test_ctrl_c_says_that_the_same_call_goes_on(digits, tmp_path):
+    for name, match in (('d', 'the same call goes on from here'), (None, 'with a name= the same call')):
+        said = []
+        def say(line):
+            said.append(line)
+            if line.startswith('as given'): raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt): kesi.compress(Tiny(), *digits, name=name, out=tmp_path, **quick(say=say))
+        assert match in said[-1]
+
+def test_soft_labels(digits):
+    "MixUp in the DataLoader: the loss sees the shares, the accuracy the larger one."
+    x, y = digits[0]
+    def mixed(rows):
+        a, b = torch.stack([r[0] for r in rows]), F.one_hot(torch.tensor([r[1] for r in rows]), 10).float()
+        return .7 * a + .3 * a.flip(0), .7 * b + .3 * b.flip(0)
+    loader = DataLoader(Rows(x, y), 50, shuffle=True, collate_fn=mixed)
+    how = {k: v for k, v in quick().items() if k != 'retrain_batch'}
+    s = kesi.compress(Tiny(), loader, digits[1], **how)
+    losses = [h['train_loss'] for h in s.history['one-cycle 1']]
+    assert losses[0] > -(.7 * torch.tensor(.7).log() + .3 * torch.tensor(.3).log()) - 1e-6     # entropy of the labels

@@ -46,7 +46,7 @@ def test_what_is_missing_or_wrong(monkeypatch, tmp_path):
     for module, call in (('onnxscript', lambda: deploy.to_onnx(build(Spec('resnet8')), 16)), ('onnxruntime', lambda: deploy.session(b''))):
         with monkeypatch.context() as m:
             m.setitem(sys.modules, module, None)
-            with pytest.raises(UserError, match=r"pip install -e '\.\[deploy\]'"): call()
+            with pytest.raises(UserError, match=r'pip install -e .\.\[deploy\]'): call()
 
 def test_the_median_is_not_moved_by_a_hiccup(monkeypatch):
     times = iter([0.] + [t for i in range(400) for t in (float(i), i + (.5 if i == 3 else .002))])

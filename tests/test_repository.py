@@ -43,8 +43,9 @@ def test_package_is_in_step_with_notebooks(tmp_path):
         assert (tmp_path/'kesi'/p.name).read_text() == p.read_text(), f'{p.name} is not what the notebooks export; run nbdev_export'
 
 
-STAIRCASE = ('paper', 'runtime', 'data', 'models', 'macs', 'pruning', 'schedules', 'training', 'ensemble', 'distill',
-             'store', 'pipeline', 'report', 'anynet', 'scale', 'deploy', 'bench', 'cli', 'studies', 'pretrained')
+STAIRCASE = ('paper', 'runtime', 'data', 'models', 'macs', 'pruning', 'schedules', 'training',
+             'ensemble', 'distill', 'store', 'pipeline', 'report', 'deploy', 'anynet', 'scale',
+             'bench', 'cli', 'studies', 'pretrained')
 
 
 def modules():

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 # %% ../nbs/01_paper.ipynb #49eab28f
+#| code-fold: true
+#| code-summary: "When the caller is wrong"
 class UserError(ValueError):
     "Something the caller gave is not allowed; the message names it, and what is allowed."
 

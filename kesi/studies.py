@@ -9,7 +9,7 @@ __all__ = ['STUDIES', 'PEAKS', 'FARTHEST', 'ENOUGH', 'QUALITY', 'COLORS', 'Fresh
            'far_ensembles', 'one_cut', 'beyond_stages', 'lift', 'mix', 'remeasured', 'along', 'direction', 'plane',
            'kept', 'landscape', 'cost_of_training', 'measured', 'file_name', 'run_study', 'kesi_study', 'found',
            'values', 'pm', 'markdown_table', 'interval', 'verdict', 'spread', 'gap', 'versus', 'surviving', 'claims',
-           'compared', 'about', 'conclusion', 'each', 'mean_bar', 'curve', 'frame', 'judged']
+           'compared', 'about', 'conclusion', 'each', 'sample', 'mean_bar', 'curve', 'frame', 'judged']
 
 # %% ../nbs/engine/studies.ipynb #cb91483f
 import copy, dataclasses, json
@@ -509,6 +509,11 @@ def each(name: str, *shows, # functions of one result → Markdown, a figure or 
                 display(Markdown(m) if isinstance(m, str) else m)
 
 # %% ../nbs/engine/studies.ipynb #d0b1e004
+def sample(result) -> str:
+    "What the dots and bars of a figure are."
+    n = len(result['seeds'])
+    return f'mean and 95 % interval, n = {n}' if n >= ENOUGH else f'mean, n = {n} (no interval)'
+
 def mean_bar(ax, x, v, **look):
     "A mean with its 95 % interval."
     usual = {'fmt': 'o', 'ms': 5, 'capsize': 3, 'lw': 1.3}

@@ -222,8 +222,7 @@ class Loader:
         self.of_test = split is data.test
 
     def __len__(self):
-        n = len(self.split)
-        return math.ceil(n / self.batch) - self._one_left(n)
+        return math.ceil(len(self.split) / self.batch) - self._one_left(len(self.split))
 
     @property
     def images(self): return len(self.split)
@@ -231,7 +230,7 @@ class Loader:
     def _one_left(self, n): return n > self.batch and n % self.batch == 1
 
     def batches(self, t): # any tensor with a row for each image
-        "Cut into batches. A single image left over joins the batch before it: batch norm needs two."
+        "Cut into batches; a single image left over joins the one before: batch norm needs two."
         parts = t.split(self.batch)
         return (*parts[:-2], t[-self.batch - 1:]) if self._one_left(len(t)) else parts
 
@@ -250,7 +249,7 @@ class Loader:
             yield self.normalise(change(self.split.images[i], *how)), self.split.labels[i]
 
     def view(self, *seed):
-        "One view of every image, drawn from the named seed: a function from image numbers to batches."
+        "One view of every image, drawn from the named seed: image numbers → images."
         drawn, change = _draw(self.data, len(self.split), generator(*seed, 'images'))
         drawn = [t.to(self.rt.device) for t in drawn]
         return lambda i: self.normalise(change(self.split.images[i], *(t[i] for t in drawn)))

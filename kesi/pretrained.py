@@ -122,9 +122,9 @@ def _keep(stage, to, network): # claims, N×K logits of the test images, N label
     saved, m = safetensors.torch.load_file(stage/'predictions.safetensors'), read_manifest(stage)
     logits, labels, path = saved['logits'], saved['labels'], to/f'{_file(network)}.safetensors'
     write_atomic(path, (stage/'model.safetensors').read_bytes())
-    right, size = int((logits.argmax(1) == labels).sum()), {k: m['metrics'][k] for k in ('params', 'macs')}
-    said = {'file': path.name, 'sha256': sha256(path), 'right': right, 'images': len(labels), **size}
-    return {**said, 'stage': stage.name}, logits, labels
+    said = {'file': path.name, 'sha256': sha256(path), 'stage': stage.name, 'images': len(labels),
+            'right': int((logits.argmax(1) == labels).sum())}
+    return {**said, **{k: m['metrics'][k] for k in ('params', 'macs')}}, logits, labels
 
 def shelve(home,          # folder of a recipe's report in a run folder
            to=None,       # folder of the sets; None: the package's

@@ -10,6 +10,7 @@ import functools, hashlib, math
 from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from .paper import UserError
 from .runtime import Runtime, generator
 
@@ -222,7 +223,8 @@ class Loader:
         self.of_test = split is data.test
 
     def __len__(self):
-        return math.ceil(len(self.split) / self.batch) - self._one_left(len(self.split))
+        n = len(self.split)
+        return math.ceil(n / self.batch) - self._one_left(n)
 
     @property
     def images(self): return len(self.split)
@@ -239,20 +241,23 @@ class Loader:
         for x, y in zip(*map(self.batches, (self.split.images, self.split.labels))):
             yield self.whole(x), y
 
-    def epoch(self, *seed):
-        "One epoch of training: shuffled, cropped and mirrored, all drawn from the named seed."
-        g, n = generator(*seed, 'images'), len(self.split)
-        order = torch.randperm(n, generator=g)
-        drawn, change = _draw(self.data, n, g)
-        drawn = [self.batches(t.to(self.rt.device)) for t in (order, *drawn)]
-        for i, *how in zip(*drawn):
-            yield self.normalise(change(self.split.images[i], *how)), self.split.labels[i]
+# %% ../nbs/engine/data.ipynb #c05b0003
+@patch
+def epoch(self: Loader, *seed):
+    "One epoch of training: shuffled, cropped and mirrored, all drawn from the named seed."
+    g, n = generator(*seed, 'images'), len(self.split)
+    order = torch.randperm(n, generator=g)
+    drawn, change = _draw(self.data, n, g)
+    drawn = [self.batches(t.to(self.rt.device)) for t in (order, *drawn)]
+    for i, *how in zip(*drawn):
+        yield self.normalise(change(self.split.images[i], *how)), self.split.labels[i]
 
-    def view(self, *seed):
-        "One view of every image, drawn from the named seed: image numbers → images."
-        drawn, change = _draw(self.data, len(self.split), generator(*seed, 'images'))
-        drawn = [t.to(self.rt.device) for t in drawn]
-        return lambda i: self.normalise(change(self.split.images[i], *(t[i] for t in drawn)))
+@patch
+def view(self: Loader, *seed):
+    "One view of every image, drawn from the named seed: image numbers → images."
+    drawn, change = _draw(self.data, len(self.split), generator(*seed, 'images'))
+    drawn = [t.to(self.rt.device) for t in drawn]
+    return lambda i: self.normalise(change(self.split.images[i], *(t[i] for t in drawn)))
 
 # %% ../nbs/engine/data.ipynb #0da59887
 def hold_out(data: Dataset,

@@ -104,7 +104,7 @@ def measured_epochs(epochs: int,              # of the training
     "After which epochs to measure, counted back from the last: as often as is cheap."
     if every is None:
         affordable = math.ceil(20 * test / (3 * train))
-        every = min(affordable, math.ceil(epochs / 2))
+        every = min(affordable, math.ceil(epochs / 2) if epochs > 3 else epochs)
     return set(range(epochs, 0, -every))
 
 # %% ../nbs/engine/training.ipynb #dbb611a7

@@ -38,7 +38,8 @@ def _refuse_odd(net, name):
     first = {}
     for n, p in net.named_parameters(remove_duplicate=False):
         if (other := first.setdefault(id(p), n)) != n:
-            raise UserError(f'{name}: {other} and {n} are one tied weight; kesi compresses networks '
+            raise UserError(f'{name}: {other} and {n} are one tied weight; kesi compresses '
+                            f'networks '
                             'whose layers have weights of their own. Give the second layer a copy')
 
 def check_network(net, # what a caller says is a network
@@ -75,7 +76,8 @@ def classes_of(net: nn.Module,
         if not tensor or out.ndim != 2 or len(out) != 2:
             what = f'a tensor of shape {tuple(out.shape)}' if tensor else type(out).__name__
             mode = 'training' if training else 'evaluation'
-            raise UserError(f'{name} must return logits, one row of classes for each image; it returned '
+            raise UserError(f'{name} must return logits, one row of classes for each image; it '
+                            f'returned '
                             f'{what} in {mode} mode. Auxiliary outputs have to be switched off')
     return out.shape[1]
 
@@ -90,13 +92,14 @@ class Group:
     readers: tuple[str, ...]   # layers that lose inputs
     kept: str | None = None    # why it is left alone; None: it may be cut
 
-_LOST = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_LOST = (ArithmeticError, AssertionError, AttributeError, LookupError,
+         RuntimeError, TypeError, ValueError)
 
 class _Graph:
     "A network with Torch-Pruning's dependency graph, for images of a given shape."
     def __init__(self, net, shape):
         self.tp, self.net, self.layers = _torch_pruning(), net, dict(net.named_modules())
-        for p in net.parameters(): p.requires_grad_(True)                # the graph is read off autograd
+        for p in net.parameters(): p.requires_grad_(True) # the graph is read off autograd
         x = torch.randn(1, *shape, generator=generator('noise')).to(next(net.parameters()).dtype)
         self.graph = self.tp.DependencyGraph()
         try:
@@ -110,7 +113,8 @@ class _Graph:
                             'follow, such as those of torchvision other than ShuffleNet') from e
         self.name = {m: n for n, m in self.layers.items()}
 
-    def cut(self, name, gone): # removes filters of the convolution of that name, and all that hangs on them
+    def cut(self, name, gone):
+        "Remove filters of the convolution of that name, and all that hangs on them."
         layer = self.layers[name]
         group = self.graph.get_pruning_group(layer, self.tp.prune_conv_out_channels, gone)
         group.prune(record_history=False)
@@ -213,7 +217,7 @@ def _by_path(found, rates):
 def _is_rate(r): return isinstance(r, (int, float)) and not isinstance(r, bool) and 0 <= r < 1
 
 def spread(found, # the groups of a network
-           rates, # one number, one per group that may be cut, or a dictionary: path of layers → number
+           rates, # one number, one per group that may be cut, or a dictionary: path → number
           ) -> tuple[float, ...]: # one rate per group that may be cut
     "Spell rates out."
     n = len(free(found))
@@ -229,7 +233,8 @@ def spread(found, # the groups of a network
         raise UserError(f'a pruning rate must be a number from 0 to below 1; got {r!r}')
     if len(rates) == 1: rates = rates * n
     if len(rates) != n:
-        raise UserError(f'this network takes 1 rate for all or {n} (one per group that may be cut), '
+        raise UserError(f'this network takes 1 rate for all or {n} (one per group that may be '
+                        f'cut), '
                         f'got {len(rates)}')
     return tuple(map(float, rates))
 
@@ -261,7 +266,8 @@ def widths_left(found,             # groups of a network
     def left(g, r):
         try: return paper.shrink((g.width,), (r,), multiple)[0]
         except UserError:
-            raise UserError(f'rate {r} would remove all {g.width} filters of {g.name}; a layer needs '
+            raise UserError(f'rate {r} would remove all {g.width} filters of {g.name}; a layer '
+                            f'needs '
                             'at least one. A network that is pruned already takes smaller rates or '
                             'fewer iterations') from None
     return tuple(left(g, r) for g, r in zip(free(found), spread(found, rates)))
@@ -299,7 +305,8 @@ def _blame(net, shape, found, widths, streams, failed):
     flat = re.search(r"shape '\[-?\d+, -?\d+\]' is invalid|mat1 and mat2 shapes", why)
     hint = 'Write flatten(1) instead of view(-1, 400) and the like, or leave' if flat else 'Leave'
     alone = ', '.join(f'{n!r}: 0' for n in names[:4])
-    raise UserError(f'{type(net).__name__} cannot run with fewer filters in {", ".join(names[:6])}: '
+    raise UserError(f'{type(net).__name__} cannot run with fewer filters in '
+                    f'{", ".join(names[:6])}: '
                     f'{where} expects a fixed size ({why}). {hint} that alone with '
                     f'rates={{{alone}, "": …}}')
 
@@ -353,7 +360,8 @@ def _spec_of(small):
         filters = len(small.get_parameter(f'{u.conv}.weight'))
         widths.setdefault(u.width, set()).add(filters)
     if any(len(w) > 1 for w in widths.values()):
-        raise UserError(f'units of {small.spec.arch} that share a width must keep equally many filters')
+        raise UserError(f'units of {small.spec.arch} that share a width must keep equally many '
+                        f'filters')
     return dataclasses.replace(small.spec, widths=tuple(widths[i].pop() for i in sorted(widths)))
 
 # %% ../nbs/use/any_network.ipynb #aa2e560a
@@ -362,7 +370,8 @@ def _whole(v):
     if isinstance(v, tuple): return len(v) > 0 and all(map(_whole, v))
     return isinstance(v, int) and not isinstance(v, bool)
 
-def _unfit(where, why): return UserError(f'{where} does not fit the network that the factory builds: {why}')
+def _unfit(where, why): return UserError(f'{where} does not fit the network that the factory '
+                                         f'builds: {why}')
 
 def sizes(net: nn.Module,     # a pruned network
           full: nn.Module,    # the unpruned one
@@ -370,7 +379,8 @@ def sizes(net: nn.Module,     # a pruned network
     "The sizes in which a network differs from its unpruned form."
     theirs, mine = dict(full.named_modules()), dict(net.named_modules())
     if theirs.keys() != mine.keys():
-        raise UserError(f'the factory does not build the unpruned form of this {type(net).__name__}: '
+        raise UserError(f'the factory does not build the unpruned form of this '
+                        f'{type(net).__name__}: '
                         'their layers have other names')
     def changed(n, m):
         plain = {k: v for k, v in vars(m).items() if not k.startswith('_') and _whole(v)}
@@ -389,7 +399,7 @@ def _resize(net, changes, where):
 
 # %% ../nbs/use/any_network.ipynb #f0b2dee6
 def _fill(net, state, where):
-    "Give a network its weights; where shapes changed, new parameters take the place of the old ones."
+    "Give a network its weights; where shapes changed, new parameters take the place of old ones."
     own = net.state_dict(keep_vars=True)
     if odd := sorted(own.keys() ^ state.keys()):
         raise _unfit(where, f'{len(odd)} tensors are in one of them only, such as {odd[0]!r}')
@@ -412,7 +422,8 @@ def save(net: nn.Module,   # one of ours, or any other
     if isinstance(net, models.Network): return models.save(net, path)
     mine = copy.deepcopy(unwrapped(net)).cpu().eval()
     if not callable(factory) or shape is None:
-        raise UserError(f"{type(mine).__name__} is not one of kesi's networks: save it with factory= "
+        raise UserError(f"{type(mine).__name__} is not one of kesi's networks: save it with "
+                        f"factory= "
                         '(a function that builds the unpruned network) and shape= (of one image: '
                         'channels, height, width)')
     said = {'format': 1, 'network': type(mine).__name__, 'sizes': sizes(mine, unwrapped(factory())),
@@ -474,7 +485,7 @@ from .data import Dataset, hold_out
 from .macs import count
 from .paper import Recipe
 from .pipeline import SCHEMA, Distill, Numerics, Progress, Prune, Retrain, Stage, Store
-from .pipeline import stages_of, trainings
+from .pipeline import chains, stages_of, trainings
 from .runtime import Diverged, Runtime, auto, derive_seed, digest, write_json
 from .training import evaluate, fit, loaders
 
@@ -483,8 +494,10 @@ def _refuse_batch(batch):
     "Refuse what is no pair of tensors, and say what came instead."
     if isinstance(batch, dict):
         keys = ', '.join(map(repr, list(batch)[:4]))
-        raise UserError(f'the DataLoader yields dictionaries (with {keys}); kesi needs (image, label) '
-                        'pairs. A collate_fn can make them: lambda rows: (torch.stack([r[IMAGE] for '
+        raise UserError(f'the DataLoader yields dictionaries (with {keys}); kesi needs (image, '
+                        f'label) '
+                        'pairs. A collate_fn can make them: lambda rows: (torch.stack([r[IMAGE] '
+                        'for '
                         'r in rows]), torch.tensor([r[LABEL] for r in rows]))')
     several = isinstance(batch, (tuple, list))
     if not several or len(batch) != 2:
@@ -492,17 +505,21 @@ def _refuse_batch(batch):
         raise UserError(f'the data must yield (image, label) pairs; got {what}')
     if not all(isinstance(t, torch.Tensor) for t in batch):
         kinds = ' and '.join(type(t).__name__ for t in batch)
-        raise UserError(f'images and labels must come as tensors; got {kinds}. In a Dataset of pictures '
+        raise UserError(f'images and labels must come as tensors; got {kinds}. In a Dataset of '
+                        f'pictures '
                         'use the transform torchvision.transforms.ToTensor()')
 
 def _pair(batch, classes=None):
     "An (image, label) batch, or an error that says what came instead."
     _refuse_batch(batch)
     x, y = batch
-    if x.ndim != 4: raise UserError(f'a batch of images must be N×C×H×W; got shape {tuple(x.shape)}')
+    if x.ndim != 4: raise UserError(f'a batch of images must be N×C×H×W; got shape '
+                                    f'{tuple(x.shape)}')
     if not x.is_floating_point():
-        raise UserError('images must be floating-point numbers, scaled as the network was trained; got '
-                        f'{x.dtype}. For bytes: images.float() / 255, or a kesi.data.Dataset, which '
+        raise UserError('images must be floating-point numbers, scaled as the network was '
+                        'trained; got '
+                        f'{x.dtype}. For bytes: images.float() / 255, or a kesi.data.Dataset, '
+                        f'which '
                         'also crops and mirrors')
     if y.ndim == 2 and y.is_floating_point() and len(y) == len(x): return x, _soft(y, classes)
     if y.ndim != 1 or len(y) != len(x) or y.is_floating_point():
@@ -513,9 +530,10 @@ def _pair(batch, classes=None):
 
 # %% ../nbs/use/compress.ipynb #c6c94ddb
 def _soft(y, classes):
-    "Labels that are shares, as MixUp makes them: the largest as the label, all of them as its `soft`."
+    "Labels that are shares, as MixUp makes them: the largest, with all of them as its `soft`."
     if classes and y.shape[1] != classes:
-        raise UserError(f'soft labels must be N×{classes}, as the network gives {classes} logits; got {tuple(y.shape)}')
+        raise UserError(f'soft labels must be N×{classes}, as the network gives {classes} logits; '
+                        f'got {tuple(y.shape)}')
     label = y.argmax(1)
     label.soft = y
     return label
@@ -523,7 +541,8 @@ def _soft(y, classes):
 def _check_labels(y, classes):
     low, high = int(y.min()), int(y.max())
     if low >= 0 and high < classes: return
-    raise UserError(f'labels must be from 0 to {classes - 1}, as the network gives {classes} logits; '
+    raise UserError(f'labels must be from 0 to {classes - 1}, as the network gives {classes} '
+                    f'logits; '
                     f'found {low if low < 0 else high}')
 
 # %% ../nbs/use/compress.ipynb #c0a1d005
@@ -543,16 +562,18 @@ def drawn(generators, *seed):
 
 def _generators(loader):
     "The generators that a DataLoader and its samplers hold."
-    parts = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, 'sampler', None))
-    found = {id(g): g for p in parts if isinstance(g := getattr(p, 'generator', None), torch.Generator)}
-    return list(found.values())
+    batches = loader.batch_sampler
+    parts = (loader, loader.sampler, batches, getattr(batches, 'sampler', None))
+    held = [getattr(p, 'generator', None) for p in parts]
+    return list({id(g): g for g in held if isinstance(g, torch.Generator)}.values())
 
 def _next(batches):
     "The next batch, None after the last, or an error that says why there is none."
     try: return next(batches, None)
     except (TypeError, RuntimeError) as e:
         why = (str(e).strip().splitlines() or [type(e).__name__])[-1]
-        raise UserError(f'the samples cannot be put into a batch ({why}). In a Dataset of pictures use '
+        raise UserError(f'the samples cannot be put into a batch ({why}). In a Dataset of '
+                        f'pictures use '
                         'transforms that give tensors of one size, such as '
                         'torchvision.transforms.Compose([Resize((64, 64)), ToTensor()])') from e
 
@@ -561,7 +582,7 @@ class Batches:
     "Batches of a DataLoader, brought to the device; the same interface as `kesi.data.Loader`."
     def __init__(self, loader, rt, classes=None):
         self.loader, self.rt, self.classes = copy.copy(loader), rt, classes
-        vars(self.loader).update(persistent_workers=False, _iterator=None)        # no memory of earlier epochs
+        vars(self.loader).update(persistent_workers=False, _iterator=None)   # forget earlier epochs
     def __len__(self): return len(self.loader)
     @property
     def images(self): return len(self.loader.dataset)
@@ -585,8 +606,10 @@ def _as_dataset(source, what):
         if len(x) != len(y): raise UserError(f'{what}: {len(x)} images and {len(y)} labels')
         source = TensorDataset(x, y)
     rows = hasattr(source, '__getitem__') and hasattr(source, '__len__')
-    if not isinstance(source, TorchDataset) and (not rows or isinstance(source, (dict, str, tuple, list))):
-        raise UserError(f'{what} must be (images, labels) as tensors, a torch Dataset, a DataLoader of (image, '
+    plain = isinstance(source, (dict, str, tuple, list))
+    if not isinstance(source, TorchDataset) and (not rows or plain):
+        raise UserError(f'{what} must be (images, labels) as tensors, a torch Dataset, a '
+                        f'DataLoader of (image, '
                         f'label), or a kesi.data.Dataset; got {type(source).__name__}')
     return _counted(source, what)
 
@@ -603,7 +626,8 @@ def _in_order(loader):
     data, sampler = loader.dataset, loader.sampler
     if isinstance(sampler, SubsetRandomSampler): data = Subset(data, sorted(sampler.indices))
     elif not isinstance(sampler, RandomSampler): return loader
-    return DataLoader(data, loader.batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn)
+    return DataLoader(data, loader.batch_size, num_workers=loader.num_workers,
+                      collate_fn=loader.collate_fn)
 
 # %% ../nbs/use/compress.ipynb #0791ae49
 def _loader(source,      # what the caller gave
@@ -618,11 +642,12 @@ def _loader(source,      # what the caller gave
     batch = batch if train else 500
     if not isinstance(data, TensorDataset): return DataLoader(data, batch, shuffle=train)
     order = (RandomSampler if train else SequentialSampler)(data)
-    return DataLoader(data, None, sampler=BatchSampler(order, batch, drop_last=False))      # whole batches: fast
+    whole = BatchSampler(order, batch, drop_last=False)                 # whole batches: fast
+    return DataLoader(data, None, sampler=whole)
 
 # %% ../nbs/use/compress.ipynb #c0a1d007
 def _feed(h, v):
-    "Add a value to a hash: tensors, arrays and pictures by their content, collections item by item."
+    "Add a value to a hash: tensors, arrays and pictures by content, collections item by item."
     if isinstance(v, dict): v = [x for item in v.items() for x in item]
     if isinstance(v, (tuple, list)):
         h.update(f'[{len(v)}'.encode())
@@ -647,11 +672,13 @@ def _read(data, what, say):
     n, begun = len(data), time.perf_counter()
     few = sorted({*range(min(n, 8)), *range(max(0, n - 8), n)})
     if _samples(data, few) != _samples(data, few):
-        raise UserError(f'{what}: the samples come out differently each time, so their content cannot be told; '
+        raise UserError(f'{what}: the samples come out differently each time, so their content '
+                        f'cannot be told; '
                         'give version=, any word that you change whenever the data change')
     seconds = (time.perf_counter() - begun) / (2 * len(few)) * n
     if seconds > 20:
-        say(f'{what}: all {n:,} samples are read once, to tell them from others (about {seconds:.0f} s); '
+        say(f'{what}: all {n:,} samples are read once, to tell them from others (about '
+            f'{seconds:.0f} s); '
             'version=, any word that you change with the data, spares this')
     return _samples(data, range(n))
 
@@ -661,7 +688,8 @@ def _order_of(loader) -> str:
     h = hashlib.sha256()
     for part in (loader.sampler, loader.batch_sampler):
         values = vars(part) if part is not None else {}
-        plain = {k: v for k, v in values.items() if isinstance(v, (int, float, list, tuple, torch.Tensor))}
+        kinds = (int, float, list, tuple, torch.Tensor)
+        plain = {k: v for k, v in values.items() if isinstance(v, kinds)}
         _feed(h, [type(part).__name__, sorted(plain.items())])
     collate = getattr(loader.collate_fn, '__qualname__', type(loader.collate_fn).__name__)
     _feed(h, [loader.batch_size, loader.drop_last, collate])
@@ -704,14 +732,16 @@ class Source:
     "Data that the caller brought, as the engine wants them: to train on, and to measure on."
     def __init__(self, train, test, name=None, version=None, say=print):
         if not isinstance(train, Dataset) and test is None:
-            raise UserError('give test data too: compress(net, train, test); only a kesi.data.Dataset holds both')
+            raise UserError('give test data too: compress(net, train, test); only a '
+                            'kesi.data.Dataset holds both')
         self.given, self.name, self.classes = (train, test), name or 'unnamed', None
         self.ours = train if isinstance(train, Dataset) else None
         self.digest = digest([self.name, *self._contents(name, version, say)])
         rt = Runtime(channels_last=False)
         (x, y), (tx, ty) = (_first(b, w) for b, w in zip(self.loaders(64, rt), ('train', 'test')))
         if x.shape[1:] != tx.shape[1:]:
-            raise UserError(f'training images have the shape {tuple(x.shape[1:])}, test images {tuple(tx.shape[1:])}')
+            raise UserError(f'training images have the shape {tuple(x.shape[1:])}, test images '
+                            f'{tuple(tx.shape[1:])}')
         self.size = tuple(x.shape[1:])
 
     def _contents(self, name, version, say):
@@ -734,7 +764,8 @@ class Source:
         if not isinstance(loader, DataLoader): return None
         return loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None)
 
-    def images(self, split): return len(getattr(self.ours, split)) if self.ours else self._loader(split, 1).images
+    def images(self, split):
+        return len(getattr(self.ours, split)) if self.ours else self._loader(split, 1).images
     def _loader(self, split, batch, rt=Runtime(channels_last=False)):
         train = split == 'train'
         return Batches(_loader(self.given[0 if train else 1], batch, train), rt, self.classes)
@@ -751,15 +782,15 @@ def rounded(wanted: float,  # filters that should be left
     if multiple == 1 or width < 4 * multiple: return max(1, int(wanted + 1e-9))
     return min(width, max(multiple, round(wanted / multiple) * multiple))
 
-def path(found, rates, iterations, multiple) -> list: # after each pruning, the widths of the groups that may be cut
-    "The widths that repeated prunings leave."
+def path(found, rates, iterations, multiple) -> list:
+    "The widths that repeated prunings leave: after each those of the groups that may be cut."
     steps = [tuple(g.width for g in free(found))]
     for i in range(iterations):
         now = [dataclasses.replace(g, width=w) for g, w in zip(free(found), steps[-1])]
         steps.append(widths_left(now, rates))
     if multiple == 1: return steps[1:]
-    def nice(i): return [rounded(g.width * (1 - r)**i, g.width, multiple) for g, r in zip(free(found), rates)]
-    return [tuple(nice(i)) for i in range(1, iterations + 1)]
+    at, _ = _scaled(found, rates, multiple)
+    return [at(i) for i in range(1, iterations + 1)]
 
 # %% ../nbs/use/compress.ipynb #c0a1d014
 def _bytes(net): return sum(t.numel() * t.element_size() for t in net.state_dict().values())
@@ -767,17 +798,18 @@ def _bytes(net): return sum(t.numel() * t.element_size() for t in net.state_dict
 MEASURES = {'macs': ('MACs', lambda net, shape: count(net, shape).macs),
             'params': ('parameters', lambda net, shape: count(net, shape).params),
             'bytes': ('bytes of weights', lambda net, shape: _bytes(net)),
-            'milliseconds': ('milliseconds', None)}                   # compared with the unpruned network in turns
+            'milliseconds': ('milliseconds', None)} # compared with the unpruned network in turns
 
 @dataclass(frozen=True)
 class Target:
     "What the smallest network has to meet."
     kind: str       # one of MEASURES, or accuracy_drop
-    value: float    # below 1: a share of what the unpruned network has; accuracy_drop: 0.01 is a point
+    value: float # below 1: a share of what the unpruned network has; accuracy_drop: 0.01 is a point
 
     @property
     def text(self):
-        if self.kind == 'accuracy_drop': return f'at most {100 * self.value:g} points below the unpruned network'
+        if self.kind == 'accuracy_drop':
+            return f'at most {100 * self.value:g} points below the unpruned network'
         amount = f'{self.value:.0%} of the' if self.value < 1 else f'{self.value:,.10g}'
         return f'{amount} {MEASURES[self.kind][0]}'
 
@@ -785,13 +817,15 @@ def target_of(target) -> Target | None: # as the caller wrote it: {'macs': .5}
     "A target from a dictionary of one item."
     if target is None: return None
     known = (*MEASURES, 'accuracy_drop')
-    if not isinstance(target, dict) or len(target) != 1 or (kind := next(iter(target))) not in known:
+    kind = next(iter(target)) if isinstance(target, dict) and len(target) == 1 else None
+    if kind not in known:
         raise UserError(f"target must be a dictionary with one of {', '.join(known)}, such as "
                         f"{{'macs': .5}}; got {target!r}")
     v, drop = target[kind], kind == 'accuracy_drop'
     fits = isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
     if fits and (0 <= v < 1 if drop else v > 0): return Target(kind, float(v))
-    allowed = 'a number from 0 to below 1 (.01 is one point)' if drop else 'a share below 1, or a number from 1'
+    allowed = 'a share below 1, or a number from 1'
+    if drop: allowed = 'a number from 0 to below 1 (.01 is one point)'
     raise UserError(f'target: {kind} must be {allowed}; got {v!r}')
 
 # %% ../nbs/use/compress.ipynb #c0a1d015
@@ -807,9 +841,10 @@ def smallest(ok,     # of a whole number; what holds for one holds for all above
     return high
 
 def _scaled(found, rates, multiple):
-    "A function: how often the rates are applied → widths; and after how many times nothing changes."
+    "A function: how often rates are applied → widths; and after how often nothing changes."
     pairs = list(zip(free(found), rates))
-    def at(times): return tuple(rounded(g.width * (1 - r)**times, g.width, multiple) for g, r in pairs)
+    def left(g, r, times): return rounded(g.width * (1 - r)**times, g.width, multiple)
+    def at(times): return tuple(left(g, r, times) for g, r in pairs)
     return at, next(t for t in (2**k for k in range(1, 40)) if at(t) == at(2 * t))
 
 def _by_counting(at, most, value, goal):
@@ -818,11 +853,13 @@ def _by_counting(at, most, value, goal):
     n = smallest(lambda k: ok(at(most * k / 1024)), 1024)
     more, less = at(most * max(n - 1, 0) / 1024), at(most * n / 1024)
     taken = smallest(lambda k: ok(less[:k] + more[k:]), len(less))
-    if not taken or value(less[:taken] + more[taken:]) > .98 * goal: return less[:taken] + more[taken:]
+    mixed = less[:taken] + more[taken:]
+    if not taken or value(mixed) > .98 * goal: return mixed
     i = taken - 1                                        # too coarse: this group stops half-way
     def between(k): return less[:i] + (more[i] - k,) + more[taken:]
     return between(smallest(lambda k: ok(between(k)), more[i] - less[i]))
 
+# %% ../nbs/use/compress.ipynb #0abc6447
 def _by_clock(at, most, share, goal, start):
     "The same where each look is dear and a little uncertain: false position on the logarithm."
     low, high, t = 0., float(most), start
@@ -837,7 +874,7 @@ def _by_clock(at, most, share, goal, start):
 
 # %% ../nbs/use/compress.ipynb #c0a1d018
 def _time_share(net, small, shape, seconds=.7):
-    "Milliseconds of a network as a share of another's, and those of the other; the undisturbed calls count."
+    "Milliseconds of a network as a share of another's, and those of the other."
     runs = {'before': deploy.runner(net, shape), 'after': deploy.runner(small, shape)}
     times = deploy.in_turns(runs, shape, seconds, quantile=.2)
     return times['after'] / times['before'], times['before']
@@ -845,7 +882,8 @@ def _time_share(net, small, shape, seconds=.7):
 def _goal_of(target, net, shape, whole):
     "A target as a share of what the network has now."
     now = 1 if target.value < 1 else whole or _time_share(net, net, shape)[1]
-    if target.value >= now: raise UserError(f'the network meets the target of {target.text} already')
+    if target.value >= now: raise UserError(f'the network meets the target of {target.text} '
+                                            f'already')
     return target.value / now
 
 def _meeting(net, shape, found, rates, multiple, target, streams):
@@ -859,7 +897,8 @@ def _meeting(net, shape, found, rates, multiple, target, streams):
     share = functools.cache(lambda widths: counted(narrow(widths), shape) / whole)
     timed = functools.cache(lambda widths: _time_share(net, narrow(widths), shape)[0])
     if (least := (share if measure else timed)(at(most))) > goal:
-        raise UserError(f'{target.text} cannot be reached: with all groups that may be cut as narrow '
+        raise UserError(f'{target.text} cannot be reached: with all groups that may be cut as '
+                        f'narrow '
                         f'as can be, {least:.0%} of the {what} remain. '
                         'Other rates=, or streams=True, cut more')
     if measure: return _by_counting(at, most, share, goal)
@@ -879,25 +918,28 @@ class Plan:
     def text(self):
         a, b, n = self.counts[0], self.counts[-1], len(self.widths[-1])
         goal = f'target: {self.target.text}. ' if self.target else ''
-        return (f'{goal}{n} of {len(self.groups)} groups of layers are cut {len(self.widths)} times: '
-                f'{a.params:,} → {b.params:,} parameters, {a.macs:,} → {b.macs:,} MACs ({b.macs / a.macs:.1%})')
+        return (f'{goal}{n} of {len(self.groups)} groups of layers are cut {len(self.widths)} '
+                f'times: '
+                f'{a.params:,} → {b.params:,} parameters, {a.macs:,} → {b.macs:,} MACs '
+                f'({b.macs / a.macs:.1%})')
     def _repr_markdown_(self): return f'{show_groups(self.groups, self.widths[-1])}\n\n{self.text}'
 
 def _on_the_way(found, last, iterations, multiple):
     "Widths after each pruning, in equal proportions down to the last ones."
     steps, pairs = [], list(zip(free(found), last))
     for i in range(1, iterations):
-        between = [rounded(g.width * (w / g.width)**(i / iterations), g.width, multiple) for g, w in pairs]
+        def wanted(g, w): return g.width * (w / g.width)**(i / iterations)
+        between = [rounded(wanted(g, w), g.width, multiple) for g, w in pairs]
         steps.append(tuple(max(w, b) for b, w in zip(between, last)))
     return [*steps, tuple(last)]
 
 # %% ../nbs/use/compress.ipynb #84536775
 def plan(net: nn.Module,     # any network; stays as it is
          shape,              # of one image, (channels, height, width)
-         rates=.1,           # share of the filters to remove per pruning: see `spread`; for a target, proportions
+         rates=.1, # share of filters to remove per pruning (`spread`); for a target, proportions
          target=None,        # such as {'macs': .5}: what the last pruning leaves
          iterations: int = 5, # prunings
-         multiple: int | None = None, # round kept widths to this; None: 8 where the network is not ours
+         multiple: int | None = None, # round widths to this; None: 8 where the network is not ours
          streams: bool = False, # cut residual streams too
         ) -> Plan:
     "What `compress` will cut, without any training."
@@ -905,7 +947,8 @@ def plan(net: nn.Module,     # any network; stays as it is
     if multiple is None: multiple = 1 if isinstance(net, models.Network) else 8
     found = groups(net, shape, streams)
     rates = spread(found, rates)
-    if goal is None or goal.kind == 'accuracy_drop': widths = path(found, rates, iterations, multiple)
+    if goal is None or goal.kind == 'accuracy_drop':
+        widths = path(found, rates, iterations, multiple)
     else:
         last = _meeting(net, shape, found, rates, multiple, goal, streams)
         widths = _on_the_way(found, last, iterations, multiple)
@@ -916,13 +959,15 @@ def plan(net: nn.Module,     # any network; stays as it is
     return Plan(found, widths, counts, goal)
 
 # %% ../nbs/use/compress.ipynb #60ce2568
-LOSSES = {'cross-entropy': F.cross_entropy, 'label-smoothing': functools.partial(F.cross_entropy, label_smoothing=.1)}
+LOSSES = {'cross-entropy': F.cross_entropy,
+          'label-smoothing': functools.partial(F.cross_entropy, label_smoothing=.1)}
 
 def _loss_name(loss) -> str:
     "What tells a loss from others."
     if isinstance(loss, str) and loss in LOSSES: return loss
     if not callable(loss):
-        raise UserError(f'unknown loss {loss!r}; allowed are {", ".join(LOSSES)}, or a function (logits, labels) → loss')
+        raise UserError(f'unknown loss {loss!r}; allowed are {", ".join(LOSSES)}, or a function '
+                        f'(logits, labels) → loss')
     h = hashlib.sha256()
     if isinstance(loss, functools.partial): _feed(h, [loss.keywords, list(loss.args)])
     inner = getattr(loss, 'func', loss)
@@ -972,7 +1017,8 @@ class Strangers(Store):
         self.given, self.shape = net, shape
     def factory(self): return copy.deepcopy(self.given)
     def network(self, stage):
-        return self.factory() if stage is None else load(self.path(stage)/'model.safetensors', self.factory)
+        if stage is None: return self.factory()
+        return load(self.path(stage)/'model.safetensors', self.factory)
     def keep(self, net, path): save(net, path, self.factory, self.shape)
 
 def chain(r: Recipe,      # the recipe of the run
@@ -985,8 +1031,7 @@ def chain(r: Recipe,      # the recipe of the run
          ) -> dict[str, Stage]: # by name, parents before children
     "The stages of one seed, as `pipeline.graph` has them for our own networks."
     t, stages, on = trainings(r), {'baseline': first}, first.on
-    wanted = [n for n in ('pfec', 'one-cycle') if n in r.variants or (n == 'one-cycle' and 'kesi' in r.variants)]
-    for name in wanted:
+    for name in chains(r):
         last = first
         for i, w in enumerate(widths, 1):
             small = Cut(parent=last, on=on, shape=shape, streams=streams or None, widths=w)
@@ -1008,25 +1053,26 @@ class Snapshot:
     params: int
     macs: int
     def __call__(self, x): return self.network(x)
-    def __repr__(self): return f'{self.name}: {self.accuracy:.2%}, {self.params:,} parameters, {self.macs:,} MACs'
+    def __repr__(self):
+        return f'{self.name}: {self.accuracy:.2%}, {self.params:,} parameters, {self.macs:,} MACs'
 
 # %% ../nbs/use/compress.ipynb #c6ac2165
 @dataclass(repr=False)
 class Compressed:
     "What `compress` returns. It can be called like the network."
     network: nn.Module        # the network of `stage`, in evaluation mode on the CPU
-    stage: str                # `kesi`, the smallest and distilled one, unless something else was asked for
+    stage: str # `kesi`, the smallest and distilled one, unless something else was asked for
     accuracy: float           # of this network, 0 to 1, measured on the test data
     before: float             # of the network as it was given
-    snapshots: list           # all networks of the first seed, from the one given to the distilled one
+    snapshots: list # all networks of the first seed, from the one given to the distilled one
     history: dict             # stage of the first seed → one record per epoch
-    report: dict              # as `kesi.report` has it: table, paired differences, seeds, provenance
+    report: dict # as `kesi.report` has it: table, paired differences, seeds, provenance
     plan: Plan                # which layers were coupled, and what was cut
     shape: tuple              # of one image: channels, height, width
     factory: object           # builds the unpruned network
     test: object              # the test data, as batches
     home: Path | None = None  # folder of the report; None without a name
-    times: dict = dataclasses.field(default_factory=dict)       # snapshots → milliseconds; measured once
+    times: dict = dataclasses.field(default_factory=dict) # snapshots → milliseconds; measured once
 
     @property
     def steps(self): return self.plan.counts
@@ -1049,7 +1095,8 @@ def milliseconds(self: Compressed,
     "How long the networks take on this machine, in turns; in ONNX Runtime where it is installed."
     names = tuple(names or dict.fromkeys((self.snapshots[0].name, self.stage)))
     if names not in self.times:
-        runs = {s.name: deploy.runner(s.network, self.shape) for s in self.snapshots if s.name in names}
+        asked = [s for s in self.snapshots if s.name in names]
+        runs = {s.name: deploy.runner(s.network, self.shape) for s in asked}
         self.times[names] = deploy.in_turns(runs, self.shape, seconds)
     return self.times[names]
 
@@ -1061,81 +1108,98 @@ def pick(self: Compressed, *,
          max_macs=None,         # at most so many MACs
          max_params=None,       # at most so many parameters
          max_milliseconds=None, # at most so long for one image here
-         min_accuracy=None,     # at least so accurate, 0 to 1; then the one with the fewest MACs is taken
+         min_accuracy=None, # at least so accurate, 0 to 1; then the one with the fewest MACs
         ) -> Compressed:        # the same result with another network
     "The most accurate snapshot within limits; or with `min_accuracy` the one with the fewest MACs."
     ms = self.milliseconds([s.name for s in self.snapshots]) if max_milliseconds is not None else {}
-    limits = ((max_macs, lambda s: s.macs), (max_params, lambda s: s.params), (max_milliseconds, lambda s: ms[s.name]))
-    def fits(s): return all(most is None or of(s) <= most for most, of in limits) and s.accuracy >= (min_accuracy or 0)
-    found = [s for s in self.snapshots if fits(s)]
+    limits = ((max_macs, lambda s: s.macs), (max_params, lambda s: s.params),
+              (max_milliseconds, lambda s: ms[s.name]))
+    def small(s): return all(most is None or of(s) <= most for most, of in limits)
+    found = [s for s in self.snapshots if small(s) and s.accuracy >= (min_accuracy or 0)]
     if not found:
-        raise UserError(f'no snapshot is within these limits; there are {"; ".join(map(repr, self.snapshots))}')
+        raise UserError(f'no snapshot is within these limits; there are '
+                        f'{"; ".join(map(repr, self.snapshots))}')
     smallest_first = sorted(found, key=lambda s: s.macs)
-    s = smallest_first[0] if min_accuracy is not None else max(smallest_first, key=lambda s: s.accuracy)
+    s = smallest_first[0]
+    if min_accuracy is None: s = max(smallest_first, key=lambda s: s.accuracy)
     accuracy = _accuracy(s.network, self.test, self.test.rt)
     return dataclasses.replace(self, network=s.network, stage=s.name, accuracy=accuracy)
 
+# %% ../nbs/use/compress.ipynb #97673721
 @patch
 def plot(self: Compressed, milliseconds: bool = True): # measure them too?
     "Accuracy of all snapshots against MACs and milliseconds."
     names = [s.name for s in self.snapshots]
     axes = [('million MACs', [s.macs / 1e6 for s in self.snapshots])]
-    if milliseconds: axes.append(('milliseconds for one image', [self.milliseconds(names)[n] for n in names]))
+    if milliseconds: axes.append(('milliseconds for one '
+                                  'image', [self.milliseconds(names)[n] for n in names]))
     fig, panels = report.figure(1, len(axes), (4.5 * len(axes), 3), sharey=True, squeeze=False)
     for ax, (label, x) in zip(panels[0], axes):
         y = [100 * s.accuracy for s in self.snapshots]
         ax.plot(x, y, 'o-', color=report.COLORS['one-cycle'], lw=1)
-        ax.plot(x[names.index(self.stage)], y[names.index(self.stage)], 'o', ms=11, mfc='none', color=report.COLORS['kesi'])
-        for a, b, n in zip(x, y, names): ax.annotate(n, (a, b), textcoords='offset points', xytext=(5, -9), fontsize=7)
+        i = names.index(self.stage)
+        look = dict(textcoords='offset points', xytext=(5, -9), fontsize=7)
+        ax.plot(x[i], y[i], 'o', ms=11, mfc='none', color=report.COLORS['kesi'])
+        for a, b, n in zip(x, y, names): ax.annotate(n, (a, b), **look)
         ax.set(xlabel=label)
     panels[0][0].set(ylabel='accuracy (%)')
     return fig
 
 # %% ../nbs/use/compress.ipynb #80376d1e
-_NOT_OURS = ('arch', 'data', 'init', 'method', 'shares', 'batch', 'schedule', 'milestones', 'gamma', 'weight_decay')
+_NOT_OURS = ('arch', 'data', 'init', 'method', 'shares', 'batch', 'schedule', 'milestones', 'gamma',
+             'weight_decay')
 _CALLED = {'retrain_epochs': 'epochs', 'retrain_lr': 'lr'}
-_ONLY = {'small_lr': ('pfec',), 'temperature': ('kesi',), 'reduction': ('kesi',), 'distill_epochs': ('kesi',),
-         'distill_batch': ('kesi',), 'distill_lr': ('kesi',), 'warmup': ('one-cycle', 'kesi'),
-         'cycle_momentum': ('one-cycle', 'kesi')}
+_DISTILLS = ('temperature', 'reduction', 'distill_epochs', 'distill_batch', 'distill_lr')
+_ONLY = {'small_lr': ('pfec',), **dict.fromkeys(_DISTILLS, ('kesi',)),
+         **dict.fromkeys(('warmup', 'cycle_momentum'), ('one-cycle', 'kesi'))}
 
 def _refuse_ignored(settings, loader):
     "Refuse settings that would have no effect."
     variants = settings.get('variants', ('kesi',))
     for n in settings:
         if n in _NOT_OURS:
-            raise UserError(f'compress has no setting {n!r}: it prunes filters of a network that is trained already')
+            raise UserError(f'compress has no setting {n!r}: it prunes filters of a network that '
+                            f'is trained already')
         if n in _CALLED: raise UserError(f'{n} is called {_CALLED[n]} here')
         if n in _ONLY and not set(_ONLY[n]) & set(variants):
-            raise UserError(f'{n} has no effect without the variant {_ONLY[n][-1]}; variants are {", ".join(variants)}')
+            raise UserError(f'{n} has no effect without the variant {_ONLY[n][-1]}; variants are '
+                            f'{", ".join(variants)}')
         if loader and n in ('retrain_batch', 'distill_batch'):
-            raise UserError(f'{n} has no effect: the DataLoader makes the batches; set its batch_size instead')
+            raise UserError(f'{n} has no effect: the DataLoader makes the batches; set its '
+                            f'batch_size instead')
 
+# %% ../nbs/use/compress.ipynb #5786bc27
 def _recipe(net, name, seeds, epochs, lr, settings, batch):
     "A recipe for a stranger; what is wrong is named as it was given."
     _refuse_ignored(settings, batch)
     sizes = {'retrain_batch': batch, 'distill_batch': batch} if batch else {}
     base = Recipe(data=name or 'unnamed', arch=f'own:{type(net).__name__}')
     try:
-        r = paper.from_dict({'retrain_epochs': epochs, 'retrain_lr': lr, 'seeds': seeds, 'variants': ('kesi',),
-                             **sizes, **settings}, base)
-        return r if 'distill_epochs' in settings else dataclasses.replace(r, distill_epochs=2 * epochs)
+        r = paper.from_dict({'retrain_epochs': epochs, 'retrain_lr': lr, 'seeds': seeds,
+                             'variants': ('kesi',), **sizes, **settings}, base)
+        if 'distill_epochs' in settings: return r
+        return dataclasses.replace(r, distill_epochs=2 * epochs)
     except UserError as e:
         said = str(e)
-        for theirs, ours in _CALLED.items(): said = said.replace(f'{theirs} must be', f'{ours} must be')
+        for theirs, ours in _CALLED.items(): said = said.replace(f'{theirs} must '
+                                                                 f'be', f'{ours} must be')
         raise UserError(said) from None
 
 def _runtime(rt):
-    "Foreign code is taken as it is: no change of memory format (`view` would fail), no folding, no padding."
-    rt = auto(channels_last=False, fold=False) if rt is None else dataclasses.replace(rt, fold=False, pad=1)
+    "Foreign code is taken as it is: no memory format (`view` would fail), folding or padding."
+    rt = auto(channels_last=False) if rt is None else rt
+    rt = dataclasses.replace(rt, fold=False, pad=1)
     if rt.processes > 1: raise UserError('compress works in one process; start it without torchrun')
     return rt
 
 # %% ../nbs/use/compress.ipynb #c0a1d023
 def _held_out(train, valid):
     "A share of the training data, apart."
-    if not 0 < valid < 1: raise UserError(f'valid must be a share between 0 and 1, or a set of data; got {valid!r}')
+    if not 0 < valid < 1: raise UserError(f'valid must be a share between 0 and 1, or a set of '
+                                          f'data; got {valid!r}')
     if isinstance(train, DataLoader):
-        raise UserError('valid: a share of a DataLoader cannot be held out (its images may be augmented); '
+        raise UserError('valid: a share of a DataLoader cannot be held out (its images may be '
+                        'augmented); '
                         'give a set of its own')
     pair = isinstance(train, (tuple, list))
     n = len(train[0] if pair else train)
@@ -1150,8 +1214,10 @@ def _parts(train, test, valid):
     if valid is None: return train, test, None
     share = isinstance(valid, (int, float)) and not isinstance(valid, bool)
     if isinstance(train, Dataset):
-        if not share: raise UserError(f'valid must be a share between 0 and 1 with a kesi.data.Dataset; got {type(valid).__name__}')
-        if not 0 < valid < 1: raise UserError(f'valid must be a share between 0 and 1; got {valid!r}')
+        if not share: raise UserError(f'valid must be a share between 0 and 1 with a '
+                                      f'kesi.data.Dataset; got {type(valid).__name__}')
+        if not 0 < valid < 1: raise UserError(f'valid must be a share between 0 and 1; got '
+                                              f'{valid!r}')
         return hold_out(train, valid), None, (train, None)
     if test is None: raise UserError('give test data too: compress(net, train, test)')
     if not share: return train, valid, (valid, test)
@@ -1161,7 +1227,7 @@ def _parts(train, test, valid):
 
 # %% ../nbs/use/compress.ipynb #c0a1d029
 def _judged(net, train, test, valid, name, version, say):
-    "What to learn from and judge by, and what the test is made with; labels are held against the network."
+    "What to learn from and judge by, and what the test is made with; their labels fit the network."
     learn, judge, last = _parts(train, test, valid)
     data = Source(learn, judge, name, version, say)
     data.expect(classes_of(net, data.size))
@@ -1181,23 +1247,23 @@ def _told(say, named, lr):
     "Say what to do where a run stops."
     try: yield
     except KeyboardInterrupt:
-        again = 'the same call goes on from here' if named else 'with a name= the same call would go on'
-        say(f'stopped; {again}')
+        again = 'goes on from here' if named else 'would go on'
+        say(f'stopped; {"" if named else "with a name= "}the same call {again}')
         raise
     except Diverged as e: raise Diverged(f'{e} (lr={lr:g} was given)') from e
 
 # %% ../nbs/use/compress.ipynb #6f54b503
 def compress(net: nn.Module,          # trained: images → logits; or what `compress` returned; stays
-             train,                   # (images, labels), Dataset, DataLoader, or a kesi.data.Dataset
+             train, # (images, labels), Dataset, DataLoader, or a kesi.data.Dataset
              test=None,               # the same; not needed with a kesi.data.Dataset
              name: str | None = None, # of the data: results are kept, found again and resumed
              out='runs',              # folder of named runs
              rates=.1,                # share of the filters to remove per pruning: see `spread`
              target=None,             # {'macs': .5}; or params, bytes, milliseconds, accuracy_drop
              epochs: int = 10,        # of each retraining; the distillation takes twice as many
-             lr: float = .1,          # peak of the restarts: the large rate of the original training
+             lr: float = .1, # peak of the restarts: the large rate of the original training
              loss='cross-entropy',    # one of LOSSES, or a function: logits, labels → loss
-             valid=None,              # data, or a share of `train`, to choose by; then `test` is last
+             valid=None, # data, or a share of `train`, to choose by; then `test` is last
              multiple: int | None = None, # of widths; None: 8 in wide layers of a net not ours
              seeds: int = 1,          # repeat with seeds 0, 1, …
              streams: bool = False,   # cut residual streams too
@@ -1209,10 +1275,12 @@ def compress(net: nn.Module,          # trained: images → logits; or what `com
     "Prune in steps, retrain with restarts, and distil all snapshots into the smallest."
     origin = net.factory if isinstance(net, Compressed) else None
     net = check_network(net.network if isinstance(net, Compressed) else net)
-    rt, say, goal, loss_name = _runtime(rt), say or (lambda line: None), target_of(target), _loss_name(loss)
+    rt, say = _runtime(rt), say or (lambda line: None)
+    goal, loss_name = target_of(target), _loss_name(loss)
     if goal and goal.kind == 'accuracy_drop' and valid is None:
         raise UserError('accuracy_drop decides by an accuracy, which must not be that of the test '
-                        'data: give valid=, a set of data or a share of the training data, such as .1')
+                        'data: give valid=, a set of data or a share of the training data, such '
+                        'as .1')
     data, final, share = _judged(net, train, test, valid, name, version, say)
     data.losses = {loss_name: LOSSES.get(loss_name, loss)}
     r = _recipe(net, name, seeds, epochs, lr, settings, data.batch)
@@ -1251,12 +1319,14 @@ class _Job:
         r, (loss, *_) = self.recipe, self.data.losses
         on = Numerics(self.data.digest, tuple(sorted(self.rt.numerics.items())))
         first = Trained(type(self.net).__name__, _weights(self.net), on)
-        return [chain(r, seed, first, self.data.size, self.streams, loss, self.plan.widths) for seed in range(r.seeds)]
+        how = self.data.size, self.streams, loss, self.plan.widths
+        return [chain(r, seed, first, *how) for seed in range(r.seeds)]
 
 @patch
 def work(self: _Job, r, stages, _):
     "Multiply-adds of one epoch of each stage, by key."
-    macs, train, test = [c.macs for c in self.plan.counts], self.data.images('train'), self.data.images('test')
+    macs = [c.macs for c in self.plan.counts]
+    train, test = self.data.images('train'), self.data.images('test')
     def epoch(name):
         own = macs[0 if name == 'baseline' else -1 if name == 'kesi' else int(name.split()[1])]
         return (3 * train + test) * own + (train * sum(macs) if name == 'kesi' else 0)
@@ -1268,9 +1338,10 @@ def compute(self: _Job, store, seeds) -> Path:
     "All stages, and the folder of their report."
     r, keys = self.recipe, digest([s.key for stages in seeds for s in stages.values()], 6)
     home = store.root/'reports'/f'{self.data.name}-{type(self.net).__name__}-{keys}'
-    write_json(home/'run.json', {'schema': SCHEMA, 'recipe': dataclasses.asdict(r), 'size': self.data.size,
-                                 'runtime': dataclasses.asdict(self.rt), 'classes': None,
-                                 'seeds': [{n: s.folder for n, s in stages.items()} for stages in seeds]})
+    folders = [{n: s.folder for n, s in stages.items()} for stages in seeds]
+    write_json(home/'run.json', {'schema': SCHEMA, 'recipe': dataclasses.asdict(r),
+                                 'runtime': dataclasses.asdict(self.rt), 'size': self.data.size,
+                                 'classes': None, 'seeds': folders})
     progress = _OwnProgress(seeds, r, self.data, store, self.say, self.work)
     with contextlib.closing(progress):
         store.ensure_all(stages_of(seeds), self.data, self.rt, progress.epoch, progress.stage)
@@ -1284,13 +1355,16 @@ def stop_in_time(self: _Job, store):
     whole, kept = measured(stages['baseline']), 0
     while kept < len(self.plan.widths):
         now = measured(stages[f'one-cycle {kept + 1}'])
-        self.say(f'pruning {kept + 1}: validation accuracy {now:.2%}, {100 * (now - whole):+.2f} points')
+        self.say(f'pruning {kept + 1}: validation accuracy {now:.2%}, {100 * (now - whole):+.2f} '
+                 f'points')
         if whole - now > limit: break
         kept += 1
     if not kept:
-        raise UserError(f'the first pruning costs {100 * (whole - now):.2f} points already; smaller rates=, or more '
+        raise UserError(f'the first pruning costs {100 * (whole - now):.2f} points already; '
+                        f'smaller rates=, or more '
                         'epochs=, may keep the accuracy')
-    self.plan = dataclasses.replace(self.plan, widths=self.plan.widths[:kept], counts=self.plan.counts[:kept + 1])
+    p = self.plan
+    self.plan = dataclasses.replace(p, widths=p.widths[:kept], counts=p.counts[:kept + 1])
     self.recipe = dataclasses.replace(self.recipe, iterations=kept)
 
 # %% ../nbs/use/compress.ipynb #19b420d8
@@ -1299,13 +1373,14 @@ def result(self: _Job, store, stages, told, home):
     "What the caller gets: networks, and what was measured on them."
     measured = told['seeds'][0]['stages']
     def snapshot(n):
-        return Snapshot(n, store.network(stages[n]), *(measured[n][k] for k in ('accuracy', 'params', 'macs')))
+        numbers = [measured[n][k] for k in ('accuracy', 'params', 'macs')]
+        return Snapshot(n, store.network(stages[n]), *numbers)
     found, last = [snapshot(n) for n in stages], list(stages)[-1]
     test = self.final.loaders(500, self.rt)[1]
     before, after = (_accuracy(s.network, test, self.rt) for s in (found[0], found[-1]))
     history = {n: s['history'] for n, s in measured.items()}
-    done = Compressed(found[-1].network, last, after, before, found, history, told, self.plan, self.data.size,
-                      self.origin or store.factory, test, home)
+    done = Compressed(found[-1].network, last, after, before, found, history, told, self.plan,
+                      self.data.size, self.origin or store.factory, test, home)
     self.say(repr(done))
     return done
 
@@ -1320,9 +1395,11 @@ def _weights(net):
 class _OwnProgress(Progress):
     "Progress where the baseline needs no training."
     def __init__(self, seeds, *args):
-        super().__init__([{n: s for n, s in stages.items() if n != 'baseline'} for stages in seeds], *args)
+        trained = [{n: s for n, s in stages.items() if n != 'baseline'} for stages in seeds]
+        super().__init__(trained, *args)
     def stage(self, stage, m):
         if not isinstance(stage, Trained): return super().stage(stage, m)
         metrics = m['metrics']
-        self.say(f'as given: {self.measured} accuracy {metrics["accuracy"]:.2%}, {metrics["params"]:,} parameters')
+        self.say(f'as given: {self.measured} accuracy {metrics["accuracy"]:.2%}, '
+                 f'{metrics["params"]:,} parameters')
     def close(self): self.bar.close()

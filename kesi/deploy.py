@@ -31,22 +31,25 @@ def _quiet():
     before, nowhere = logging.root.manager.disable, io.StringIO()
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere):
             warnings.simplefilter('ignore')
-            yield
+            with contextlib.redirect_stderr(nowhere): yield
     finally: logging.disable(before)
 
 def unwrapped(net: nn.Module) -> nn.Module:
     "The network itself, without the shell of `torch.compile` or of data-parallel training."
-    if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)): return unwrapped(net.module)
+    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
+    if isinstance(net, parallel): return unwrapped(net.module)
     return unwrapped(net._orig_mod) if hasattr(net, '_orig_mod') else net
 
 def shape_of(net, shape=None) -> tuple: # of one image: channels, height, width
     "The shape of an image, as far as it is known."
-    if not isinstance(net, nn.Module) and hasattr(net, 'shape'): return tuple(net.shape)    # a result of `compress`
+    result = not isinstance(net, nn.Module) and hasattr(net, 'shape')               # of `compress`
+    if result: return tuple(net.shape)
     ours = isinstance(net, Network)
     if isinstance(shape, int) and ours: return (net.spec.in_channels, shape, shape)
-    if shape is not None and not isinstance(shape, int) and len(tuple(shape)) == 3: return tuple(shape)
+    several = shape is not None and not isinstance(shape, int)
+    if several and len(tuple(shape)) == 3: return tuple(shape)
     if shape is None and ours:
         side = 224 if paper.family(net.spec.arch) == 'imagenet' else 32
         return (net.spec.in_channels, side, side)
@@ -66,14 +69,16 @@ def _exported(net, shape, **how):
     names = dict(input_names=['image'], output_names=['logits'], verbose=False)
     try:
         with _quiet(): return torch.onnx.export(net, (_images(2, shape),), **how, **names)
-    except Exception as e:                                  # many kinds of errors come out of torch.export
+    except Exception as e: # many kinds of errors come out of torch.export
         why = (str(e).strip().splitlines() or [''])[0]
-        raise KesiError(f'torch cannot export {type(net).__name__} to ONNX: {type(e).__name__}: {why}') from e
+        raise KesiError(f'torch cannot export {type(net).__name__} to ONNX: {type(e).__name__}: '
+                        f'{why}') from e
 
 def _forget(m):
     "Remove the notes that the exporter left in a model."
     g, inside = m.graph, [n for f in m.functions for n in f.node]
-    for part in (m, g, *m.functions, *g.node, *g.input, *g.output, *g.value_info, *g.initializer, *inside):
+    values = *g.input, *g.output, *g.value_info, *g.initializer
+    for part in (m, g, *m.functions, *g.node, *values, *inside):
         del part.metadata_props[:]
         if hasattr(part, 'doc_string'): part.ClearField('doc_string')
 
@@ -82,7 +87,7 @@ def to_onnx(net, shape=None) -> bytes:
     _needs('onnxscript')
     onnx, shape, net = _needs('onnx'), shape_of(net, shape), _plain(net)
     program = _exported(net, shape, dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},))
-    model = program.model_proto                             # made anew each time that it is asked for
+    model = program.model_proto # made anew each time that it is asked for
     _forget(model)
     onnx.checker.check_model(model)
     return model.SerializeToString()
@@ -96,12 +101,16 @@ def session(model,          # path or content of an ONNX file
     options, named = ort.SessionOptions(), isinstance(model, (str, Path))
     options.log_severity_level = 3
     if threads: options.intra_op_num_threads = threads
-    try: s = ort.InferenceSession(str(model) if named else model, options, providers=['CPUExecutionProvider'])
+    what, cpu = str(model) if named else model, ['CPUExecutionProvider']
+    try: s = ort.InferenceSession(what, options, providers=cpu)
     except Exception as e:
         what = repr(str(model)[:200]) if named else 'the model'
-        raise UserError(f'{what} is not an ONNX file that can be run: {str(e).splitlines()[0]}') from e
+        raise UserError(f'{what} is not an ONNX file that can be run: '
+                        f'{str(e).splitlines()[0]}') from e
     image = s.get_inputs()[0].name
-    def run(x): return torch.from_numpy(s.run(None, {image: x.detach().cpu().float().contiguous().numpy()})[0])
+    def run(x):
+        x = x.detach().cpu().float().contiguous()
+        return torch.from_numpy(s.run(None, {image: x.numpy()})[0])
     return run
 
 # %% ../nbs/use/deploy.ipynb #c694b47f
@@ -117,15 +126,17 @@ def agree(net,               # a network
         with torch.no_grad(): want = net(x)
         got = run(x)
         if got.shape != want.shape:
-            raise KesiError(f'the ONNX file gives {tuple(got.shape)} for {n} images, torch {tuple(want.shape)}')
+            raise KesiError(f'the ONNX file gives {tuple(got.shape)} for {n} images, torch '
+                            f'{tuple(want.shape)}')
         worst = max(worst, ((got - want).abs().max() / want.abs().max().clamp_min(1e-6)).item())
     if worst <= tolerance: return worst
-    raise KesiError(f'the ONNX file does not answer like torch: they differ by {worst:.1e} of the largest logit, '
+    raise KesiError(f'the ONNX file does not answer like torch: they differ by {worst:.1e} of the '
+                    f'largest logit, '
                     f'allowed are {tolerance:.0e}')
 
 def export(net,             # one of ours, what `compress` returned, or any other network
            path,            # file to write, e.g. `model.onnx`
-           shape=None,      # of one image; for ours the size is enough; None: known, or 32 (224 for ResNet-18/34)
+           shape=None, # of one image, or the size of ours; None: known, or 32 (ResNet-18/34: 224)
           ) -> Path:
     "Write a network as one ONNX file that was checked against torch."
     content = to_onnx(net, shape)
@@ -136,9 +147,9 @@ def export(net,             # one of ours, what `compress` returned, or any othe
 def in_turns(runs: dict,            # name → function of one batch
              x,                     # the batch, or the shape of one image
              seconds: float = .5,   # measure for about that long each, at least five times
-             quantile: float = .5,  # .5 is the median; less on a machine that is busy with other things
+             quantile: float = .5, # .5 is the median; less where the machine is busy with others
             ) -> dict:              # name → milliseconds of one call
-    "How long some calls take; they take turns, so that whatever else the machine does slows all alike."
+    "How long some calls take; they take turns, so that other work slows all of them alike."
     x, times = _images(1, x) if isinstance(x, tuple) else x, {n: [] for n in runs}
     for _ in range(3):
         for run in runs.values(): run(x)
@@ -170,17 +181,17 @@ def _on_threads(net, threads):
 
 # %% ../nbs/use/deploy.ipynb #6f75ab3a
 def runner(net, shape=None, threads: int = 1): # a function: images → logits
-    "A network as it will run on a CPU, to be measured: in ONNX Runtime where that is installed, else in torch."
+    "A network as it will run on a CPU: in ONNX Runtime where that is installed, else in torch."
     plain, shape, file = _plain(net), shape_of(net, shape), io.BytesIO()
     try:
         _needs('onnxruntime')
         axes = {'image': {0: 'batch'}, 'logits': {0: 'batch'}}
-        _exported(plain, shape, f=file, dynamo=False, dynamic_axes=axes)      # quicker than `to_onnx`, as fast after
+        _exported(plain, shape, f=file, dynamo=False, dynamic_axes=axes)   # quicker than `to_onnx`
         return session(file.getvalue(), threads)
     except KesiError: return _on_threads(plain.to(memory_format=torch.channels_last), threads)
 
 def ways(net, shape=None, threads: int = 1, compiled: bool = False, model=None, int8=None) -> dict:
-    "Ways to run a network on this machine's CPU: torch, compiled (slow to start), ONNX Runtime, an int8 file."
+    "Ways to run a network on this CPU: torch, compiled (slow to start), ONNX Runtime, int8."
     plain = _plain(net).to(memory_format=torch.channels_last)
     found = {'torch': plain}
     if compiled: found['torch, compiled'] = torch.compile(plain)
@@ -212,7 +223,8 @@ def latency_table(times: dict) -> str: # Markdown
     "Latencies as a table."
     batches = list(next(iter(times.values())))
     head = ' | '.join(f'{b} image{"s" * (b > 1)} (ms)' for b in batches)
-    rows = [f'| {n} | ' + ' | '.join(f'{t[b]:.2f}' for b in batches) + ' |' for n, t in times.items()]
+    cells = {n: ' | '.join(f'{t[b]:.2f}' for b in batches) for n, t in times.items()}
+    rows = [f'| {n} | {c} |' for n, c in cells.items()]
     return '\n'.join([f'| | {head} |', '|---' * (len(batches) + 1) + '|', *rows])
 
 # %% ../nbs/use/deploy.ipynb #df8dc5d8
@@ -226,10 +238,11 @@ def fastest_widths(net: Network,  # one of ours
                    batch: int = 32,         # images per call
                    threads: int = 1,
                    seconds: float = .3,     # spent on each
-                  ) -> dict[int, float]:    # multiple → milliseconds in ONNX Runtime, the fastest first
+                  ) -> dict[int, float]: # multiple → milliseconds, the fastest first
     "Which filling up runs fastest here."
     if not isinstance(net, Network):
-        raise UserError(f"{type(net).__name__} is not one of kesi's networks and cannot be filled up; "
+        raise UserError(f"{type(net).__name__} is not one of kesi's networks and cannot be filled "
+                        f"up; "
                         'prune it with multiple=8 instead')
     shape = shape_of(net, shape)
     runs = {m: session(to_onnx(filled(net, m), shape), threads) for m in multiples}
@@ -247,7 +260,7 @@ def _reader(q, images, batch):
 
 def quantize(path,          # an ONNX file of `export`
              to,            # file to write
-             images,        # N×C×H×W as the network takes them: a few hundred of the *training* images
+             images, # N×C×H×W as the network takes them: a few hundred of the *training* images
              batch: int = 32, # images at a time
             ) -> Path:
     "Write an int8 form of an ONNX file, calibrated on images."
@@ -255,12 +268,13 @@ def quantize(path,          # an ONNX file of `export`
     from onnxruntime.quantization.shape_inference import quant_pre_process
     tensor = isinstance(images, torch.Tensor) and images.ndim == 4 and images.is_floating_point()
     if not tensor or len(images) == 0:
-        raise UserError('calibration needs images as a floating-point tensor N×C×H×W, normalised as for the network')
+        raise UserError('calibration needs images as a floating-point tensor N×C×H×W, normalised '
+                        'as for the network')
     with tempfile.TemporaryDirectory() as d, _quiet():
         quant_pre_process(str(path), f'{d}/ready.onnx', skip_symbolic_shape=True)
-        q.quantize_static(f'{d}/ready.onnx', f'{d}/int8.onnx', _reader(q, images, batch), per_channel=True,
-                          quant_format=q.QuantFormat.QDQ, activation_type=q.QuantType.QUInt8,
-                          weight_type=q.QuantType.QInt8)
+        q.quantize_static(f'{d}/ready.onnx', f'{d}/int8.onnx', _reader(q, images, batch),
+                          per_channel=True, quant_format=q.QuantFormat.QDQ,
+                          activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8)
         return write_atomic(to, Path(d, 'int8.onnx').read_bytes())
 
 def onnx_accuracy(path,     # an ONNX file
@@ -277,37 +291,47 @@ def onnx_accuracy(path,     # an ONNX file
 def _made(r):
     "A sentence on how a network was pruned and trained."
     steps = f'{r.iterations} step{"s" * (r.iterations > 1)}'
-    text = (f'{"Filters" if r.method == "filters" else "Weights"} were pruned by their l1 norm in {steps}, each followed '
-            f'by a retraining (epochs: {r.retrain_epochs}) with the learning rate restarted at {r.retrain_lr:g}.')
+    text = (f'{"Filters" if r.method == "filters" else "Weights"} were pruned by their l1 norm in '
+            f'{steps}, each followed '
+            f'by a retraining (epochs: {r.retrain_epochs}) with the learning rate restarted at '
+            f'{r.retrain_lr:g}.')
     if 'kesi' not in r.variants: return text
-    return (f'{text} All {r.iterations + 1} snapshots were then distilled into the smallest one (epochs: '
-            f'{r.distill_epochs}, temperature: {r.temperature:g}): KESI, [arXiv:2006.11487](https://arxiv.org/abs/2006.11487).')
+    return (f'{text} All {r.iterations + 1} snapshots were then distilled into the smallest one '
+            f'(epochs: '
+            f'{r.distill_epochs}, temperature: {r.temperature:g}): KESI, '
+            f'[arXiv:2006.11487](https://arxiv.org/abs/2006.11487).')
 
 def _row(told, result):
     "The line of a report's table that is about the network of the card."
-    variant = result.stage.split()[0] if result else next(r['variant'] for r in reversed(told['table']) if r['variant'] != 'ensemble')
-    return next(r for r in told['table'] if r['variant'] == variant)
+    rows = {r['variant']: r for r in told['table'] if r['variant'] != 'ensemble'}
+    return rows[result.stage.split()[0] if result else list(rows)[-1]]
 
 def _summary(told, result, r):
     "What the network is, how large, how good."
-    row, full, kind = _row(told, result), told['table'][0], 'nonzero_' if r.method == 'weights' else ''
+    row, full = _row(told, result), told['table'][0]
+    kind = 'nonzero_' if r.method == 'weights' else ''
     params, macs = row[kind + 'params'], row[kind + 'macs']
     if result: params, macs = result.size.params, result.size.macs
     n = row['accuracy']['n']
     seeds = f'mean ± standard deviation of {n} seeds' if n > 1 else 'one seed'
     good, before = report._pm(row['accuracy']), report._pm(full['accuracy'])
-    if result and n == 1: good, before = f'{100 * result.accuracy:.2f}', f'{100 * result.before:.2f}'
-    return (f'An image classifier for `{r.data}`: {params:,} parameters instead of {full[kind + "params"]:,}, '
-            f'{macs / 1e6:.2f} million multiply-adds per image instead of {full[kind + "macs"] / 1e6:.2f}. '
+    if result and n == 1:
+        good, before = f'{100 * result.accuracy:.2f}', f'{100 * result.before:.2f}'
+    return (f'An image classifier for `{r.data}`: {params:,} parameters instead of '
+            f'{full[kind + "params"]:,}, '
+            f'{macs / 1e6:.2f} million multiply-adds per image instead of '
+            f'{full[kind + "macs"] / 1e6:.2f}. '
             f'Test accuracy {good} % ({seeds}); the network before pruning has {before} %.')
 
+# %% ../nbs/use/deploy.ipynb #af1ea50e
 def _latencies(times, turns):
     "The section on time: ways to run it, and before and after in turns."
     rt = describe(Runtime())
     found = [f'Median on {rt["cpu"]} ({rt["machine"]}), CPU.']
     if turns:
         (_, before), (_, after) = turns.items()
-        found.append(f'One image, one thread, both networks in turns: {before:.2f} ms before, {after:.2f} ms after '
+        found.append(f'One image, one thread, both networks in turns: {before:.2f} ms before, '
+                     f'{after:.2f} ms after '
                      f'({before / after:.2f} times as fast).')
     return [*found, latency_table(times)] if times else found
 
@@ -324,15 +348,20 @@ def card(told,              # a report (`report.json`), or what `compress` retur
     result, told = (None, told) if isinstance(told, dict) else (told, told.report)
     r, p, size = paper.from_dict(told['recipe']), told['provenance'], told['size']
     size = size if isinstance(size, int) else '×'.join(map(str, size))
-    about = [f'# {r.arch.removeprefix("own:")}, pruned', _summary(told, result, r), '## Results', report.table(told), *notes,
+    about = [f'# {r.arch.removeprefix("own:")}, pruned', _summary(told, result, r),
+             '## Results', report.table(told), *notes,
              '## How it was made', _made(r),
-             '## Data', data or f'`{r.data}`, images of size {size}. Accuracies are of the {r.measured} split.']
+             '## Data', data or f'`{r.data}`, images of size {size}. Accuracies are of the '
+                                f'{r.measured} split.']
     if times or turns: about += ['## Latency', *_latencies(times, turns)]
-    if files: about += ['## Files', '\n'.join(f'- `{Path(f).name}`, {Path(f).stat().st_size:,} bytes' for f in files)]
+    if files: about += ['## Files', '\n'.join(f'- `{Path(f).name}`, {Path(f).stat().st_size:,} '
+                                              f'bytes' for f in files)]
     machines = '; '.join(', '.join(f'{k} {v}' for k, v in m.items() if v) for m in p['machines'])
-    about += ['## Limits', 'Measured on the split named above only. Pruning and quantization can hurt rare classes '
+    about += ['## Limits', 'Measured on the split named above only. Pruning and quantization can '
+                           'hurt rare classes '
               'more than the mean accuracy shows; check yours.', '## Licence', licence,
-              '## Made with', f'kesi {", ".join(map(str, p["kesi"]))}; {machines}; {p["finished"]}.']
+              '## Made with', f'kesi {", ".join(map(str, p["kesi"]))}; {machines}; '
+                              f'{p["finished"]}.']
     return '\n\n'.join(about) + '\n'
 
 # %% ../nbs/use/deploy.ipynb #2489579d
@@ -340,7 +369,8 @@ def _int8_note(result, files, say):
     "What int8 does to the accuracy, in a sentence; said aloud where it falls."
     whole, small = (onnx_accuracy(f, result.test) for f in files)
     note = f'The int8 file scores {small:.2%} on the test data, the float32 file {whole:.2%}.'
-    if small < whole - .01: say(f'{note} Calibrate with more images, or hand on the float32 file only')
+    if small < whole - .01: say(f'{note} Calibrate with more images, or hand on the float32 file '
+                                f'only')
     return note
 
 def share(student,              # what `compress` returned
@@ -349,7 +379,7 @@ def share(student,              # what `compress` returned
           licence: str = 'not stated', # of the weights
           data: str = '',       # a sentence about the data
           seconds: float = .3,  # spent on each latency
-          say=print,            # called with one line where int8 costs more than a point of accuracy
+          say=print, # called with one line where int8 costs more than a point of accuracy
          ) -> Path:             # the folder
     "Write everything that somebody else needs: weights, ONNX file(s) and the model card."
     folder, notes = Path(folder), []
@@ -357,7 +387,8 @@ def share(student,              # what `compress` returned
     if calibration is not None:
         files.append(quantize(files[1], folder/'model.int8.onnx', calibration))
         notes.append(_int8_note(student, files[1:], say))
-    times = latency(student, model=files[1], int8=files[2] if len(files) > 2 else None, seconds=seconds)
+    int8 = files[2] if len(files) > 2 else None
+    times = latency(student, model=files[1], int8=int8, seconds=seconds)
     turns = student.milliseconds() if len(student.snapshots) > 1 else None
     write_atomic(folder/'README.md', card(student, times, licence, data, files, turns, notes))
     return folder

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEMPORARY', 'KesiError', 'DamagedFile', 'Diverged', 'StoreError', 'Busy', 'temporary', 'forsaken', 'sync_folder',
            'write_atomic', 'write_json', 'sha256', 'digest', 'locked', 'is_held', 'derive_seed', 'generator',
-           'no_memory', 'Runtime', 'launched', 'devices', 'has_bfloat16', 'auto', 'describe']
+           'no_memory', 'Runtime', 'launched', 'devices', 'has_bfloat16', 'prefers_bfloat16', 'auto', 'describe']
 
 # %% ../nbs/engine/runtime.ipynb #285545c8
 import atexit, contextlib, copy, errno, functools, hashlib, json, math, os, platform, re
@@ -18,7 +18,7 @@ from .paper import UserError
 
 # %% ../nbs/engine/runtime.ipynb #2cc0f5f5
 class KesiError(RuntimeError):
-    "Base of what can go wrong while a run is under way; the message says what happened and what to do."
+    "Base of what can go wrong in a run; the message says what happened and what to do."
 class DamagedFile(KesiError): "A file of a run folder does not have the content that was written."
 class Diverged(KesiError): "A loss became NaN or infinite."
 class StoreError(KesiError): "A run folder cannot be read or written."
@@ -34,7 +34,7 @@ TEMPORARY = re.compile(r'\.(?P<of>.+)\.(?P<pid>\d+)'                            
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:4]
 
 def temporary(path, kind='tmp') -> Path:
-    "A hidden name beside a path, for what is under way; it tells which process of which machine works there."
+    "A hidden name beside a path, for what is under way; it tells process and machine."
     return path.with_name(f'.{path.name}.{os.getpid()}-{_HOST}{os.urandom(4).hex()}.{kind}')
 
 def _hold(file) -> bool | None:
@@ -47,14 +47,15 @@ def _hold(file) -> bool | None:
 # %% ../nbs/engine/runtime.ipynb #5d1f0a32
 def _at_work(name, path, age=3600) -> bool:
     "Does the process live that a temporary name tells of? One of another machine is given an hour."
-    if os.name == 'nt' or name['host'] not in (None, _HOST): return time.time() - path.stat().st_mtime < age
+    elsewhere = os.name == 'nt' or name['host'] not in (None, _HOST)
+    if elsewhere: return time.time() - path.stat().st_mtime < age
     try: os.kill(int(name['pid']), 0)                               # asks only
     except (ProcessLookupError, OverflowError): return False
     except PermissionError: return True
     return True
 
 def forsaken(path) -> bool:
-    "Has the writer of something temporary ended? A file is locked by its writer; where there are no locks, it is known by its number."
+    "Has the writer of something temporary ended? It holds a lock; without locks its number tells."
     if not (name := TEMPORARY.fullmatch(path.name)): return False
     try:
         held = None
@@ -88,7 +89,7 @@ def _write(path, content):
             os.fsync(f.fileno())
             if fcntl is None: f.close()                             # Windows moves no open file
             os.replace(under_way, path)
-    except BaseException:                                           # Ctrl-C too leaves nothing behind
+    except BaseException:                                   # Ctrl-C too leaves nothing behind
         with contextlib.suppress(OSError): under_way.unlink()
         raise
 
@@ -96,19 +97,21 @@ def _write(path, content):
 def write_atomic(path,            # file to write; its folder is made where it is missing
                  content,         # bytes, or text (written as UTF-8)
                 ) -> Path:        # the path
-    "Write a file so that it appears all at once. A full disk or an unwritable folder is a `StoreError`."
+    "Write a file so that it appears all at once; a `StoreError` on a full disk and the like."
     path, content = Path(path), content.encode() if isinstance(content, str) else content
     try:
         try: _write(path, content)
-        except FileNotFoundError: _write(path, content)             # another process cleared the folder away meanwhile
+        except FileNotFoundError: _write(path, content)     # another process cleared the folder away
     except OSError as e: raise StoreError(f'cannot write {str(path)!r}: {e.strerror or e}') from e
-    sync_folder(path.parent); _clear_unfinished(path)
+    sync_folder(path.parent)
+    _clear_unfinished(path)
     return path
 
 def write_json(path, value):
     "Write a value as JSON, atomically; infinite and NaN numbers are refused."
+    no_number = f'cannot write {str(path)!r}: a number in it is NaN or infinite'
     try: text = json.dumps(value, indent=1, allow_nan=False)
-    except ValueError as e: raise StoreError(f'cannot write {str(path)!r}: a number in it is NaN or infinite') from e
+    except ValueError as e: raise StoreError(no_number) from e
     return write_atomic(path, text + '\n')
 
 # %% ../nbs/engine/runtime.ipynb #0d597f93
@@ -133,7 +136,7 @@ def digest(value,           # anything that JSON can hold
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 def _file_lock(path):
-    "A lock of the operating system; never one that is a mere file, which would outlive its process."
+    "A lock of the operating system; a mere file would outlive its process."
     try: return filelock.FileLock(str(path), fallback_to_soft=False)
     except TypeError: return filelock.FileLock(str(path))             # filelock before version 4
 
@@ -148,16 +151,21 @@ def _acquire(lock, owner, what, say, wait):
             say(f'waiting: {who} is working on {what}')
             lock.acquire()
     except (OSError, NotImplementedError) as e:
-        if isinstance(e, OSError) and e.errno not in _NO_LOCKS: raise StoreError(f'cannot lock {lock.lock_file!r}: {e.strerror or e}') from e
-        say(f'this file system has no locks; if another process works on {what} too, both do the same work'); return False
-    with contextlib.suppress(OSError): owner.write_text(f'process {os.getpid()} on {platform.node()}', encoding='utf-8')
+        if isinstance(e, OSError) and e.errno not in _NO_LOCKS:
+            raise StoreError(f'cannot lock {lock.lock_file!r}: {e.strerror or e}') from e
+        say(f'this file system has no locks; if another process works on {what} too, '
+            'both do the same work')
+        return False
+    with contextlib.suppress(OSError):
+        owner.write_text(f'process {os.getpid()} on {platform.node()}', encoding='utf-8')
     return True
 
+# %% ../nbs/engine/runtime.ipynb #46430fc4
 @contextlib.contextmanager
 def locked(path,                 # the lock's file
            what: str = 'it',     # named in the message while waiting
            say=print,            # called with one line when somebody else holds the lock
-          wait: bool = True,    # as long as another process holds it? else `Busy` is raised
+           wait: bool = True,    # as long as another process holds it? else `Busy` is raised
           ):
     "Hold a lock while the block runs. Gives False where there are no locks."
     path = Path(path)
@@ -306,13 +314,28 @@ def has_bfloat16(device: str = 'cpu') -> bool:
     if kind == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
     return kind == 'cpu' and bool(torch.cpu.get_capabilities().get('avx512_bf16', False))
 
+@functools.cache
+def prefers_bfloat16(device: str = 'cpu') -> bool:
+    "Is bfloat16 native, and faster too? On a CPU a convolution is measured both ways, in turns."
+    if not has_bfloat16(device): return False
+    if torch.device(device).type != 'cpu': return True
+    x = torch.ones(32, 16, 32, 32).to(memory_format=torch.channels_last)
+    filters = torch.ones(16, 16, 3, 3).to(memory_format=torch.channels_last)
+    def seconds(on):
+        begun = time.perf_counter()
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=on):
+            torch.nn.functional.conv2d(x, filters, padding=1)
+        return time.perf_counter() - begun
+    short, long = zip(*((seconds(True), seconds(False)) for _ in range(10)))
+    return 1.1 * min(short) < min(long)
+
 def auto(device: str | None = None, # None: the best there is
          **settings) -> Runtime:    # fields of the runtime
     "A runtime that suits this machine; settings that are given win."
     device = _name(devices()[0] if device is None else device)
     together = launched() > 1
     if together and device.split(':')[0] == 'cuda': device = f'cuda:{os.environ["LOCAL_RANK"]}'
-    try: fast = has_bfloat16(device)
+    try: fast = prefers_bfloat16(device)
     except (RuntimeError, AssertionError, AttributeError): fast = False
     suits = {'precision': 'bfloat16' if fast else 'float32', 'processes': launched()}
     return Runtime(device, **{**suits, **settings})

@@ -101,7 +101,7 @@ def write_atomic(path,            # file to write; its folder is made where it i
     path, content = Path(path), content.encode() if isinstance(content, str) else content
     try:
         try: _write(path, content)
-        except FileNotFoundError: _write(path, content)     # another process cleared the folder away
+        except FileNotFoundError: _write(path, content)     # another process cleared it away
     except OSError as e: raise StoreError(f'cannot write {str(path)!r}: {e.strerror or e}') from e
     sync_folder(path.parent)
     _clear_unfinished(path)

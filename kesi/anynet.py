@@ -19,9 +19,10 @@ from . import models, paper, report
 from .data import Dataset
 from .macs import count
 from .paper import Recipe, UserError
-from .pipeline import SCHEMA, Distill, Numerics, Progress, Prune, Retrain, Stage, Store, stages_of, trainings
+from .pipeline import Distill, Numerics, Prune, Retrain, Stage, trainings
 from .pruning import conv_weights, l1
-from .runtime import DamagedFile, Runtime, auto, digest, generator, write_atomic, write_json
+from .runtime import DamagedFile, Runtime, auto, digest, generator, write_atomic
+from .store import Progress, Store, stages_of
 from .training import fit, loaders
 
 # %% ../nbs/use/any_network.ipynb #9b78442e
@@ -520,9 +521,9 @@ def _compress(net, data, r, steps, found, root, loss, streams, rt, say, named):
     seeds = [chain(r, seed, first, data.size, streams, loss) for seed in range(r.seeds)]
     at = lambda n: 0 if n == 'baseline' else r.iterations if n == 'kesi' else int(n.split()[1])
     work = lambda r, stages, _: {s.key: data.images('train') * (3 * steps[at(n)].macs + (sum(c.macs for c in steps) if n == 'kesi' else 0)) + data.images('test') * steps[at(n)].macs for n, s in stages.items()}
-    home = store.root/'reports'/f'{data.name}-{type(net).__name__}-{digest([dataclasses.asdict(r), first.key, loss, streams], 6)}'
-    write_json(home/'run.json', {'schema': SCHEMA, 'recipe': dataclasses.asdict(r), 'runtime': dataclasses.asdict(rt), 'size': data.size, 'classes': None,
-                                 'seeds': [{n: s.folder for n, s in stages.items()} for stages in seeds]})
+    apart = digest([dataclasses.asdict(r), first.key, loss, streams], 6)
+    about = {'recipe': dataclasses.asdict(r), 'runtime': dataclasses.asdict(rt), 'size': data.size, 'classes': None}
+    home = store.note(f'reports/{data.name}-{type(net).__name__}-{apart}', seeds, about)
     with contextlib.closing(_OwnProgress(seeds, r, data, store, say, work)) as progress:
         store.ensure_all(stages_of(seeds), data, rt, progress.epoch, progress.stage)
     told = report.write(home)

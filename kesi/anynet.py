@@ -484,9 +484,9 @@ from fastcore.basics import patch
 from .data import Dataset, hold_out
 from .macs import count
 from .paper import Recipe
-from .pipeline import SCHEMA, Distill, Numerics, Progress, Prune, Retrain, Stage, Store
-from .pipeline import chains, stages_of, trainings
-from .runtime import Diverged, Runtime, auto, derive_seed, digest, write_json
+from .pipeline import Distill, Numerics, Prune, Retrain, Stage, chains, trainings
+from .runtime import Diverged, Runtime, auto, derive_seed, digest
+from .store import Progress, Store, stages_of
 from .training import evaluate, fit, loaders
 
 # %% ../nbs/use/compress.ipynb #624ef713
@@ -1337,11 +1337,10 @@ def work(self: _Job, r, stages, _):
 def compute(self: _Job, store, seeds) -> Path:
     "All stages, and the folder of their report."
     r, keys = self.recipe, digest([s.key for stages in seeds for s in stages.values()], 6)
-    home = store.root/'reports'/f'{self.data.name}-{type(self.net).__name__}-{keys}'
-    folders = [{n: s.folder for n, s in stages.items()} for stages in seeds]
-    write_json(home/'run.json', {'schema': SCHEMA, 'recipe': dataclasses.asdict(r),
-                                 'runtime': dataclasses.asdict(self.rt), 'size': self.data.size,
-                                 'classes': None, 'seeds': folders})
+    about = {'recipe': dataclasses.asdict(r), 'runtime': dataclasses.asdict(self.rt),
+             'size': self.data.size, 'classes': None}
+    name = f'{self.data.name}-{type(self.net).__name__}-{keys}'
+    home = store.note(f'reports/{name}', seeds, about)
     progress = _OwnProgress(seeds, r, self.data, store, self.say, self.work)
     with contextlib.closing(progress):
         store.ensure_all(stages_of(seeds), self.data, self.rt, progress.epoch, progress.stage)

@@ -15,9 +15,10 @@ from .data import Loader
 from .ensemble import mean_probabilities
 from .models import load
 from .paper import UserError
-from .pipeline import load_for, read_manifest
+from .pipeline import load_for
 from .report import provenance
 from .runtime import DamagedFile, KesiError, Runtime, sha256, write_atomic, write_json
+from .store import read_manifest
 from .training import predict
 
 # %% ../nbs/use/zoo.ipynb #df7e211d

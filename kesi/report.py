@@ -19,8 +19,8 @@ from scipy.special import stdtr, stdtrit         # Student's t; scipy.stats take
 from . import paper
 from .ensemble import accuracy, mean_probabilities
 from .paper import Recipe, UserError
-from .pipeline import SCHEMA, read_manifest
 from .runtime import write_atomic, write_json
+from .store import SCHEMA, read_manifest, read_record
 
 # %% ../nbs/engine/report.ipynb #71367954
 def summary(values) -> dict:
@@ -57,6 +57,14 @@ def _ensemble(root, members):
     return {'accuracy': accuracy(p, y), 'loss': torch.nn.functional.nll_loss(p.clamp_min(1e-12).log(), y).item(),
             **{n: sum(m[n] for m in members) for n in _KEPT[2:]}}
 
+def _finished(root, folders):
+    "The stages of one seed's finished variants; none where not one is finished."
+    of = lambda way: [n for n in folders if n == way or n.startswith(f'{way} ')]
+    there = lambda names: all((root/folders[n]).exists() for n in names)
+    needs = {'pfec': of('pfec'), 'one-cycle': of('one-cycle'), 'kesi': of('kesi') and of('one-cycle') + of('kesi')}
+    names = [n for way in needs.values() if way and there(way) for n in way]
+    return {n: f for n, f in folders.items() if n in ('baseline', *names)} if names and there(of('baseline')) else {}
+
 def _seed(root, folders):
     "One seed's stages, its ensemble and the manifests."
     read = {n: _stage(root, f) for n, f in folders.items()}
@@ -74,9 +82,21 @@ def _final(seed, iterations):
     return {**out, **({'ensemble': seed['ensemble']} if seed['ensemble'] else {})}
 
 def _table(seeds, iterations):
-    finals = [_final(s, iterations) for s in seeds]
-    return [{'variant': v, **{n: round(float(np.mean([f[v][n] for f in finals]))) for n in _KEPT[2:]}, 'accuracy': summary(100 * f[v]['accuracy'] for f in finals)}
-            for v in VARIANTS if all(v in f for f in finals)]
+    "A row per variant: means over the seeds that have it."
+    finals, rows = [_final(s, iterations) for s in seeds], []
+    for v in VARIANTS:
+        if not (found := [f[v] for f in finals if v in f]): continue
+        means = {n: round(float(np.mean([f[n] for f in found]))) for n in _KEPT[2:]}
+        rows.append({'variant': v, **means, 'accuracy': summary(100 * f['accuracy'] for f in found)})
+    return rows
+
+def _differences(seeds, iterations):
+    "The claims, each on the seeds that have both variants."
+    finals, found = [_final(s, iterations) for s in seeds], []
+    for a, b in CLAIMS:
+        pairs = [(100 * f[a]['accuracy'], 100 * f[b]['accuracy']) for f in finals if a in f and b in f]
+        if pairs: found.append({'claim': f'{a} > {b}', **paired(*zip(*pairs))})
+    return found
 
 CLAIMS = (('one-cycle', 'pfec'), ('kesi', 'pfec'), ('kesi', 'one-cycle'), ('kesi', 'baseline'), ('ensemble', 'baseline'), ('kesi', 'ensemble'))
 
@@ -95,25 +115,23 @@ def provenance(manifests) -> dict:
 def collect(home, # folder of a recipe's report, with `run.json` in it
            ) -> dict: # the report as one JSON value
     "Everything that is known about a run, from its folders."
-    home = Path(home)
-    try: record = json.loads((home/'run.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as e: raise UserError(f'{str(home)!r} holds no run: {e}') from e
-    if not isinstance(record, dict) or not {'schema', 'recipe', 'runtime', 'size', 'seeds'} <= record.keys(): raise UserError(f'{str(home/"run.json")!r} was not written by kesi; run the recipe again')
-    if record['schema'] != SCHEMA: raise UserError(f'{str(home)!r} was written by another version of kesi (schema {record["schema"]}; this one reads {SCHEMA})')
+    home, record = Path(home), read_record(home)
     r = paper.from_dict(record['recipe'])
     root = next((p for p in home.absolute().parents if (p/'store.json').exists()), None)
     if root is None: raise UserError(f'{str(home)!r} lies in no run folder')
-    seeds, manifests, name = [], [], home.absolute().relative_to(root/'reports').as_posix()
+    seeds, manifests, unfinished = [], [], 0
+    name = home.absolute().relative_to(root/'reports').as_posix()
     for i, folders in enumerate(record['seeds']):
-        if not all((root/f).exists() for f in folders.values()): continue
-        stages, ensemble, ms = _seed(root, folders)
-        seeds.append({'seed': i, 'stages': stages, 'ensemble': ensemble}); manifests += ms
+        finished = _finished(root, folders)
+        unfinished += len(finished) < len(folders)
+        if not finished: continue
+        stages, ensemble, ms = _seed(root, finished)
+        seeds.append({'seed': i, 'stages': stages, 'ensemble': ensemble})
+        manifests += ms
     if not seeds: raise UserError(f'no seed of {name} is finished yet; run it again to go on')
-    table = _table(seeds, r.iterations)
-    values = {row['variant']: row['accuracy']['values'] for row in table}
-    return {'schema': SCHEMA, 'name': name, 'recipe': record['recipe'], 'runtime': record['runtime'], 'size': record['size'], 'unfinished_seeds': len(record['seeds']) - len(seeds),
-            'table': table, 'differences': [{'claim': f'{a} > {b}', **paired(values[a], values[b])} for a, b in CLAIMS if a in values and b in values], 'seeds': seeds,
-            'provenance': provenance(manifests)}
+    return {'schema': SCHEMA, 'name': name, 'recipe': record['recipe'], 'runtime': record['runtime'],
+            'size': record['size'], 'unfinished_seeds': unfinished, 'table': _table(seeds, r.iterations),
+            'differences': _differences(seeds, r.iterations), 'seeds': seeds, 'provenance': provenance(manifests)}
 
 # %% ../nbs/engine/report.ipynb #0b76004d
 def _pm(s, digits=2): return f'{s["mean"]:.{digits}f}' + (f' ± {s["std"]:.{digits}f}' if s['std'] is not None else '')
@@ -127,7 +145,9 @@ def table(report: dict) -> str: # Markdown
     rows = [f'| | parameters | MACs | {"validation " if r.valid else ""}accuracy (%) |' + (' paper (%) |' if theirs else ''), '|---|---|---|---|' + ('---|' if theirs else '')]
     for row in report['table']:
         saved = lambda n: '' if row['variant'] in ('baseline', 'ensemble') else f' (−{1 - row[kind + n] / full[kind + n]:.0%})'
-        line = f'| {labels[row["variant"]]} | {row[kind + "params"]:,}{saved("params")} | {row[kind + "macs"] / 1e6:.2f} M{saved("macs")} | {_pm(row["accuracy"])} |'
+        few = f' (n = {n})' if (n := row['accuracy']['n']) < len(report['seeds']) else ''
+        line = (f'| {labels[row["variant"]]} | {row[kind + "params"]:,}{saved("params")} '
+                f'| {row[kind + "macs"] / 1e6:.2f} M{saved("macs")} | {_pm(row["accuracy"])}{few} |')
         if theirs: line += (' ' + (_pm(dict(zip(('mean', 'std'), theirs[row['variant']].accuracy[r.data]))) if row['variant'] in theirs else '') + ' |')
         rows.append(line)
     return '\n'.join(rows)
@@ -226,16 +246,22 @@ def plot_tradeoff(report: dict):
     r, seeds = paper.from_dict(report['recipe']), report['seeds']
     kind = 'nonzero_macs' if r.method == 'weights' else 'macs'
     fig, ax = figure(size=(6.4, 3.6))
-    at = lambda n: ([s['stages'][n][kind] / 1e6 for s in seeds], [100 * s['stages'][n]['accuracy'] for s in seeds])
+    def at(n):
+        found = [s['stages'][n] for s in seeds if n in s['stages']]
+        return [s[kind] / 1e6 for s in found], [100 * s['accuracy'] for s in found]
+    def spread(values): return [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
     for chain in ('pfec', 'one-cycle'):
         names = ['baseline'] + [f'{chain} {i}' for i in range(1, r.iterations + 1)]
-        if names[-1] not in seeds[0]['stages']: continue
+        if not at(names[-1])[0]: continue
         x, y = zip(*(at(n) for n in names))
-        ax.errorbar([np.mean(v) for v in x], [np.mean(v) for v in y], [np.std(v, ddof=1) if len(v) > 1 else 0 for v in y], color=COLORS[chain], marker='o', ms=4, lw=1.3, capsize=2, label=LABELS[r.method][chain])
-    if 'kesi' in seeds[0]['stages']:
-        x, y = at('kesi')
-        ax.errorbar(np.mean(x), np.mean(y), np.std(y, ddof=1) if len(y) > 1 else 0, color=COLORS['kesi'], marker='*', ms=12, capsize=2, ls='', label='+KESI', zorder=5)
-    if seeds[0]['ensemble']: ax.axhline(np.mean([100 * s['ensemble']['accuracy'] for s in seeds]), color=COLORS['ensemble'], ls='--', lw=1.2, label='ensemble')
+        ax.errorbar([np.mean(v) for v in x], [np.mean(v) for v in y], spread(y), color=COLORS[chain],
+                    marker='o', ms=4, lw=1.3, capsize=2, label=LABELS[r.method][chain])
+    x, y = at('kesi')
+    if x:
+        ax.errorbar(np.mean(x), np.mean(y), spread([y]), color=COLORS['kesi'], marker='*', ms=12,
+                    capsize=2, ls='', label='+KESI', zorder=5)
+    together = [100 * s['ensemble']['accuracy'] for s in seeds if s['ensemble']]
+    if together: ax.axhline(np.mean(together), color=COLORS['ensemble'], ls='--', lw=1.2, label='ensemble')
     ax.axhline(np.mean(at('baseline')[1]), color=COLORS['baseline'], ls=':', lw=1.2, label='unpruned')
     ax.set(xlabel='MACs of one image (millions)' + (', weights that are not zero' if r.method == 'weights' else ''), ylabel=f'{r.measured} accuracy (%)')
     ax.set_title('mean ± standard deviation over seeds', fontsize=9); ax.legend(fontsize=8)
@@ -246,12 +272,14 @@ def plot_seeds(report: dict):
     "The accuracy of every seed and variant as a dot, the mean as a bar; a line joins the dots of one seed."
     r, rows = paper.from_dict(report['recipe']), report['table']
     fig, ax = figure(size=(8, 3))
-    values = np.array([row['accuracy']['values'] for row in rows])                # variants × seeds
+    finals = [_final(s, r.iterations) for s in report['seeds']]
+    none = {'accuracy': np.nan}                                                    # a variant that a seed lacks
+    values = np.array([[100 * f.get(row['variant'], none)['accuracy'] for f in finals] for row in rows])
     beside = np.linspace(-.15, .15, values.shape[1]) if values.shape[1] > 1 else np.zeros(1)
     for dx, y in zip(beside, values.T): ax.plot(np.arange(len(rows)) + dx, y, color='#cccccc', lw=.8, zorder=0)
     for i, row in enumerate(rows):
         ax.plot(i + beside, values[i], 'o', color=COLORS[row['variant']], ms=4, alpha=.8)
-        ax.hlines(values[i].mean(), i - .25, i + .25, color=COLORS[row['variant']], lw=2)
+        ax.hlines(np.nanmean(values[i]), i - .25, i + .25, color=COLORS[row['variant']], lw=2)
     ax.set_xticks(range(len(rows)), [LABELS[r.method][row['variant']] for row in rows]); ax.set_ylabel(f'{r.measured} accuracy (%)'); ax.set_title('every seed is a dot, a thin line joins its variants; the bar is the mean', fontsize=9)
     return fig
 
@@ -294,7 +322,8 @@ def draw_kesi(report: dict, # of a run with the variants `one-cycle` and `kesi`
     "The method in one picture, with the numbers of a report."
     r, seeds = paper.from_dict(report['recipe']), report['seeds']
     names = ['baseline'] + [f'one-cycle {i}' for i in range(1, r.iterations + 1)]
-    if not all(n in s['stages'] for s in seeds for n in [*names, 'kesi']): raise UserError(f'the picture needs the variants one-cycle and kesi; {report["name"]} was run without')
+    seeds = [s for s in seeds if all(n in s['stages'] for n in [*names, 'kesi'])]
+    if not seeds: raise UserError(f'the picture needs the variants one-cycle and kesi; {report["name"]} was run without')
     kind = 'nonzero_params' if r.method == 'weights' else 'params'
     mean = lambda n, of='accuracy': float(np.mean([(s['ensemble'] if n == 'ensemble' else s['stages'][n])[of] for s in seeds]))
     size = lambda n: f'{v / 1e6:.2f} M' if (v := mean(n, kind)) >= 1e6 else f'{v / 1e3:.0f} k'
@@ -355,6 +384,6 @@ def write(home) -> dict: # the report
 
 def homes(root) -> list[Path]:
     "The report folders below a run folder."
-    found = sorted(p.parent for p in Path(root).rglob('run.json') if 'reports' in p.parts)
+    found = [p.parent for p in sorted(Path(root).rglob('run.json')) if 'reports' in p.parts and 'studies' not in p.parts]
     if not found: raise UserError(f'{str(root)!r} holds no runs; kesi_run makes them')
     return found

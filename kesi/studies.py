@@ -18,10 +18,11 @@ from .data import Dataset, Loader, load
 from .ensemble import correlation, disagreement, mean_probabilities, q_statistic, quality
 from .models import Network, build
 from .paper import Recipe, UserError
-from .pipeline import SCHEMA, Numerics, Retrain, Stage, Store, graph, lineage, load_for, work_of
+from .pipeline import Numerics, Retrain, Stage, graph, load_for, note, work_of
 from .pruning import keep_filters, widen
 from .report import paired, provenance, summary
 from .runtime import Runtime, auto, digest, generator, write_json
+from .store import SCHEMA, Store, lineage
 from .training import evaluate
 
 # %% ../nbs/engine/studies.ipynb #ce0d6902
@@ -328,6 +329,7 @@ def run_study(name: str,                  # a key of `STUDIES`
     data, store = load_for(recipe, data_root), Store(out, say)
     path = Path(results or store.root/'studies')/file_name(name, recipe.data)
     graphs, seeds, manifests = [study.stages(recipe, seed, data, rt) for seed in range(recipe.seeds)], [], []
+    note(store, recipe, graphs, data, rt, under=f'studies/{name}')
     todo = {s.key for g in graphs for s in lineage(g.values()) if not store.path(s).exists()}
     for seed, g in enumerate(graphs):
         label = {s.key: s.kind for s in lineage(g.values())} | {s.key: n for n, s in reversed(g.items())}

@@ -3,7 +3,7 @@ import itertools, json, os, pickle, shutil
 from pathlib import Path
 import drive, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from kesi import cli, pipeline, report, training
+from kesi import cli, report, store, training
 from kesi.paper import UserError
 from kesi.runtime import DamagedFile, KesiError, StoreError, digest
 
@@ -207,7 +207,7 @@ def test_a_file_where_a_folder_should_be(copy, where):
 
 def test_a_disk_that_forgets(tmp_path, monkeypatch):
     "A stage that is damaged as soon as it is written is an error, not an endless loop."
-    real = pipeline._fill
+    real = store._fill
     def fill(keep, folder, *a): real(keep, folder, *a); Path(folder/'history.json').write_text('[]')
-    monkeypatch.setattr(pipeline, '_fill', fill)
+    monkeypatch.setattr(store, '_fill', fill)
     with pytest.raises(DamagedFile, match='as soon as it was written'): drive.go(tmp_path/'runs', drive.TINY, drive.blobs())

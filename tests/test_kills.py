@@ -2,7 +2,7 @@
 import json, os, signal, subprocess, time
 from dataclasses import replace
 import drive, pytest, torch
-from kesi import cli, pipeline, training
+from kesi import cli, pipeline, store, training
 from kesi.runtime import Diverged, Runtime, StoreError
 
 def finished_at_last(out, good, tiny=True, log=None):
@@ -125,8 +125,8 @@ def test_no_number(tmp_path, monkeypatch, first, split):
     assert [len(training.read_checkpoint(p)[1]['history']) for p in kept] == [1] * (first == 2)
 
 def test_no_number_in_the_finished_network(tmp_path, monkeypatch):
-    real = pipeline.answers
-    monkeypatch.setattr(pipeline, 'answers', lambda *a: (real(*a)[0] * float('nan'), real(*a)[1]))
+    real = store.answers
+    monkeypatch.setattr(store, 'answers', lambda *a: (real(*a)[0] * float('nan'), real(*a)[1]))
     with pytest.raises(Diverged, match='baseline-.*test loss of the finished network is nan'): drive.go(tmp_path/'runs', drive.TINY, drive.blobs())
 
 # Full disks

@@ -466,4 +466,6 @@ class Helpers:
 
     def close(self):
         for p in self.team: p.terminate()
-        for p in self.team: p.communicate()
+        for p in self.team:
+            p.wait()
+            p.stdout.close()

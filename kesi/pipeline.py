@@ -211,7 +211,8 @@ def load_for(r: Recipe, data_root=None) -> Dataset:
 
 def note(store: Store, r: Recipe, seeds, data: Dataset, rt: Runtime, under='reports') -> Path: # the folder
     "Record which stages belong to a recipe, computed with these numerics."
-    about = {'recipe': dataclasses.asdict(r), 'runtime': dataclasses.asdict(rt), 'classes': data.classes, 'size': data.size}
+    about = {'recipe': dataclasses.asdict(r), 'runtime': dataclasses.asdict(rt), 'classes': data.classes,
+             'size': data.size}
     return store.note(f'{under}/{slug(r)}{differing(rt)}', seeds, about)
 
 # %% ../nbs/08_kesi.ipynb #1a99fcbf
@@ -221,11 +222,12 @@ def _plan(recipe, out, rt, data_root, say):
     return data, store, [graph(recipe, seed, data, rt) for seed in range(recipe.seeds)]
 
 def _order(recipe, stages, data):
-    "One after another seed by seed; with helpers what has the longest way to go comes first."
+    "All stages, those with the longest way to go first: the order for several processes."
     cost = {}
-    for s in stages: cost |= {k: w for k, w in work_of(recipe, s, data).items()}
-    epochs = {s.key: s.training.epochs for named in stages for s in named.values()}
-    return by_urgency(stages_of(stages), {k: w * epochs[k] for k, w in cost.items()})
+    for named in stages:
+        work = work_of(recipe, named, data)
+        cost |= {s.key: work[s.key] * s.training.epochs for s in named.values()}
+    return by_urgency(stages_of(stages), cost)
 
 def _helper_plan(recipe, out, rt, data_root):
     "What a helper needs to do the same run."
@@ -250,7 +252,8 @@ def run(recipe: Recipe | str,        # a recipe, or the name of one
     progress = Progress(seeds, r, data, store, say, work_of, show=rt.rank == 0)
     n = min(jobs - 1, len(progress.left))
     stages = _order(r, seeds, data) if n else stages_of(seeds)
-    with contextlib.closing(progress.bar), contextlib.closing(Helpers(n, _helper_plan, r, out, rt, data_root, say=say or print)) as helpers:
+    team = Helpers(n, _helper_plan, r, out, rt, data_root, say=say or print)
+    with contextlib.closing(progress.bar), contextlib.closing(team) as helpers:
         store.ensure_all(stages, data, rt, progress.epoch, progress.stage, progress.there, helpers.idle if n else None)
         helpers.tell()
     rt.from_main(store.sweep)

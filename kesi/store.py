@@ -221,15 +221,15 @@ def _hidden(root):
     for name in _WRITTEN: yield from (root/name).rglob('.*')
 
 def leftovers(root) -> list[Path]:
-    "What killed processes left in a run folder: temporary files and folders that nobody works on, and checkpoints of finished stages."
+    "What killed processes left: temporary files and folders that nobody works on, checkpoints of finished stages."
     root, found = Path(root), []
     for p in sorted(_hidden(root)):
-        name = TEMPORARY.fullmatch(p.name)
-        stage = name['of'] if name and name['kind'] == 'new' else p.name[1:-8] if p.name.endswith('.partial') else None
+        name, begun = TEMPORARY.fullmatch(p.name), p.name.endswith('.partial')
+        stage = p.name[1:-8] if begun else name['of'] if name and name['kind'] == 'new' else ''
         lock = root/'.locks'/f'{stage}.lock'
         if stage and lock.exists() and is_held(lock): continue
-        if name and forsaken(p): found.append(p)
-        elif stage and _STAGE.fullmatch(stage) and (root/stage).is_dir(): found.append(p)
+        finished = begun and _STAGE.fullmatch(stage) and (root/stage).is_dir()
+        if finished or name and forsaken(p): found.append(p)
     return found
 
 @patch
@@ -429,7 +429,7 @@ _START = ('import pickle, signal, sys; signal.signal(signal.SIGINT, signal.SIG_I
 def _pause(): time.sleep(.1)
 
 def _help():
-    "What a helper does: the same run, silently, as long as the main process is there. What it dies of it says in one line."
+    "The same run, silently, as long as the main process is there. What a helper dies of it says in one line."
     main, plan, what = pickle.load(sys.stdin.buffer)
     def wanted(*_):
         if os.getppid() != main: os._exit(1)
@@ -444,7 +444,7 @@ def _help():
         raise SystemExit(1) from e
 
 class Helpers:
-    "Processes that compute stages of the same run. They are started like a command, so a script needs no main guard."
+    "Processes that compute stages of the same run; started like a command, so that scripts need no main guard."
     def __init__(self, n, plan, *what, say):
         self.team, self.say = [subprocess.Popen([sys.executable, '-c', _START], stdin=subprocess.PIPE,
                                                 stdout=subprocess.PIPE) for _ in range(n)], say

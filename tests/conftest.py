@@ -1,4 +1,3 @@
-import random
 import drive, pytest
 from kesi import pipeline, report
 
@@ -15,9 +14,6 @@ def tiny(tmp_path_factory):
     assert drive.finish(out, tiny=True) == 0, out.with_suffix('.log').read_text()
     assert not drive.debris(out)
     return out, drive.content(out)
-
-@pytest.fixture
-def rng(request): return random.Random(request.node.name)
 
 def pytest_collection_modifyitems(items):
     "The browser's long tests come first, so that the many short ones even out what several workers have to do."

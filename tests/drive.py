@@ -1,5 +1,5 @@
 "What the tests of kills and races run in processes of their own: small runs that can be told where to die."
-import errno, functools, json, multiprocessing, os, resource, signal, stat, sys
+import errno, fcntl, functools, json, multiprocessing, os, resource, signal, stat, sys
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -30,22 +30,37 @@ def go(out, recipe=SMALL, data=None, say=lambda line: None):
     if RT.rank == 0: report.write(home)
     return home
 
-def die_at(n, moment):
-    "SIGKILL at the n-th file: `write` (half of it is written), `before` its rename or `after` it; folders count too."
-    count, replace_, rename_, fsync_ = [0], os.replace, os.rename, os.fsync
-    def die(): os.kill(os.getpid(), signal.SIGKILL)
+MOMENTS = ('before', 'write', 'after')
+
+def operations(found, act):
+    """Watch the files of this process: each moment of each operation is called as `act(number, name, moment)`.
+
+    An operation ends with a rename, of a file or of a stage's folder; `write` is when half of a file is on the disk.
+    """
+    moves, fsync = {n: getattr(os, n) for n in ('replace', 'rename')}, os.fsync
     def moved(how):
         def f(a, b, **kw):
-            count[0] += moment != 'write'
-            if count[0] == n and moment == 'before': die()
+            found.append(Path(b).name)
+            act(len(found), found[-1], 'before')
             how(a, b, **kw)
-            if count[0] == n and moment == 'after': die()
+            act(len(found), found[-1], 'after')
         return f
     def synced(fd):
-        if moment == 'write' and stat.S_ISREG(os.fstat(fd).st_mode): count[0] += 1
-        if count[0] == n and moment == 'write': os.truncate(f'/proc/self/fd/{fd}', os.fstat(fd).st_size // 2); die()
-        fsync_(fd)
-    os.replace, os.rename, os.fsync = moved(replace_), moved(rename_), synced
+        if not stat.S_ISREG(os.fstat(fd).st_mode): return fsync(fd)
+        path = os.readlink(f'/proc/self/fd/{fd}')
+        name = Path(path).name[1:].rsplit('.', 2)[0]
+        act(len(found) + 1, name, 'write', lambda: os.truncate(path, os.fstat(fd).st_size // 2))
+        fsync(fd)
+    for n, how in moves.items(): setattr(os, n, moved(how))
+    os.fsync = synced
+
+def die_at(which, moment, number=signal.SIGKILL):
+    "End at a moment of an operation: the n-th, or the first on a file or folder whose name begins so."
+    def act(n, name, at, halve=lambda: None):
+        if at != moment or not (n == which or isinstance(which, str) and name.startswith(which)): return
+        halve()
+        os.kill(os.getpid(), number)
+    operations([], act)
 
 class Limited:
     "A log that may grow while all other files are limited in size."
@@ -60,11 +75,14 @@ def child(out, recipe, tiny, how, log):
     sys.stdout = sys.stderr = open(log, 'a', buffering=1)
     signal.signal(signal.SIGINT, signal.default_int_handler)         # a shell's background jobs ignore it
     if 'kill' in how: die_at(*how['kill'])
+    if 'watch' in how:
+        found = []
+        operations(found, lambda *a: Path(how['watch']).write_text('\n'.join(found)))
     if 'limit' in how: sys.stdout = sys.stderr = Limited(sys.stdout, how['limit'])
     if how.get('lockless'):
         import filelock
         def none(self, *a, **kw): raise OSError(errno.ENOSYS, 'no locks here')
-        filelock.FileLock.acquire = none
+        filelock.FileLock.acquire = fcntl.flock = none
     compute = pipeline.Store._compute
     def told(self, stage, *a): print('computing', stage.kind); compute(self, stage, *a)
     pipeline.Store._compute = told

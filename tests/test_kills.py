@@ -1,5 +1,5 @@
 "A run that is killed, stopped or starved goes on where it was, and ends with the same bits."
-import json, os, signal, subprocess, time
+import itertools, json, os, signal, subprocess, time
 from dataclasses import replace
 import drive, pytest, torch
 from kesi import cli, pipeline, store, training
@@ -10,51 +10,57 @@ def finished_at_last(out, good, tiny=True, log=None):
     drive.same(out, good)
     assert not drive.debris(out)
 
-def kill_at_random(out, good, n, rng, span, tiny=True, number=signal.SIGKILL):
-    "Interrupt a run n times at random moments, then let it finish; where it finished too early, begin again beside it."
-    done, kills, folder = 0, 0, out
-    while kills < n:
-        p = drive.start(folder, tiny=tiny)
-        p.join(rng.uniform(.02, span))
-        if p.is_alive(): os.kill(p.pid, number); p.join()
-        if p.exitcode: kills += 1; assert p.exitcode in (-number, 130, 1), p.exitcode
-        else: drive.same(folder, good); done += 1; folder = out.with_name(f'{out.name}-{done}')
-    finished_at_last(folder, good, tiny)
-    return kills
+def watched(out, tiny=True):
+    "The operations of a run that nothing disturbs, by the name of what each puts in its place."
+    seen = out.with_suffix('.operations')
+    assert drive.finish(out, tiny=tiny, watch=str(seen)) == 0, out.with_suffix('.log').read_text()
+    return seen.read_text().split('\n')
+
+@pytest.fixture(scope='module')
+def all_of_them(tmp_path_factory): return watched(tmp_path_factory.mktemp('watched')/'runs')
 
 # SIGKILL
 
-@pytest.mark.parametrize('moment', ('write', 'before', 'after'))
-def test_killed_around_a_rename(tmp_path, tiny, rng, moment):
-    "Half written, written but not renamed, renamed but nothing else done."
-    for n in rng.sample(range(3, 9), 2): assert drive.finish(tmp_path/'runs', tiny=True, kill=(n, moment)) == -signal.SIGKILL
-    finished_at_last(tmp_path/'runs', tiny[1])
+SELECTED = [(which, moment) for which in ('store.json', 'run.json', 'checkpoint', 'prune-', 'distill-', 'report.json',
+                                          'report.md') for moment in drive.MOMENTS]
+SELECTED = [(which, moment) for which, moment in SELECTED if moment != 'write' or not which.endswith('-')]
 
-def test_killed_at_any_moment(tmp_path, tiny, rng): kill_at_random(tmp_path/'runs', tiny[1], 4, rng, 1)
+def test_the_selection_has_the_first_and_the_last(all_of_them):
+    assert (all_of_them[0], all_of_them[-1]) == (SELECTED[0][0], SELECTED[-1][0])
+    assert all(any(name.startswith(which) for name in all_of_them) for which, _ in SELECTED)
 
-@pytest.mark.soak
-def test_killed_around_every_kind_of_rename(tmp_path, tiny, rng):
-    kills, turn = 0, 0
-    while kills < 30:
-        code = drive.finish(tmp_path/f'runs{turn}', tiny=True, kill=(rng.randint(2, 14), rng.choice(('write', 'before', 'after'))))
-        if code == -signal.SIGKILL: kills += 1
-        else: assert code == 0; drive.same(tmp_path/f'runs{turn}', tiny[1]); turn += 1
-    finished_at_last(tmp_path/f'runs{turn}', tiny[1])
-    print(f'{kills} kills around a rename')
+def killed_at(out, good, which, moment):
+    assert drive.finish(out, tiny=True, kill=(which, moment)) == -signal.SIGKILL, out.with_suffix('.log').read_text()
+    finished_at_last(out, good)
+
+@pytest.mark.parametrize('which, moment', SELECTED, ids=lambda v: v)
+def test_killed_at(tmp_path, tiny, which, moment): killed_at(tmp_path/'runs', tiny[1], which, moment)
 
 @pytest.mark.soak
-def test_the_digits_killed_twenty_times(tmp_path, rng):
-    begun = time.perf_counter()
-    assert drive.finish(tmp_path/'whole') == 0
-    good, whole = drive.content(tmp_path/'whole'), time.perf_counter() - begun
-    kills = kill_at_random(tmp_path/'runs', good, 24, rng, whole / 5, tiny=False)
-    print(f'{kills} kills at random moments')
+@pytest.mark.parametrize('moment', drive.MOMENTS)
+def test_killed_at_every_operation(tmp_path, tiny, all_of_them, moment):
+    "Each operation of a small run; a folder is renamed, not written, so it has no middle."
+    assert len(all_of_them) > 30
+    numbers = [n for n, name in enumerate(all_of_them, 1) if moment != 'write' or '.' in name]
+    for n in numbers: killed_at(tmp_path/f'runs{n}', tiny[1], n, moment)
+    print(f'{len(numbers)} kills, moment: {moment}')
+
+@pytest.mark.soak
+def test_the_digits_killed_again_and_again(tmp_path):
+    "One folder, and a kill at every ninth operation of each beginning."
+    watched(tmp_path/'whole', tiny=False)
+    kills, moments = 0, itertools.cycle(drive.MOMENTS)
+    while (code := drive.finish(tmp_path/'runs', kill=(9, next(moments)))) == -signal.SIGKILL: kills += 1
+    assert code == 0 and kills >= 5
+    finished_at_last(tmp_path/'runs', drive.content(tmp_path/'whole'), tiny=False)
 
 # Other ends
 
-@pytest.mark.parametrize('number', (signal.SIGTERM, signal.SIGINT))
-def test_stopped_politely(tmp_path, tiny, rng, number):
-    kill_at_random(tmp_path/'runs', tiny[1], 1, rng, 1, number=number)
+@pytest.mark.parametrize('number, code', ((signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)))
+@pytest.mark.parametrize('which, moment', (('store.json', 'after'), ('checkpoint', 'write'), ('report.md', 'before')))
+def test_stopped_politely(tmp_path, tiny, which, moment, number, code):
+    assert drive.finish(tmp_path/'runs', tiny=True, kill=(which, moment, number)) == code
+    finished_at_last(tmp_path/'runs', tiny[1])
 
 def _raise_in_epoch(monkeypatch, when, error):
     "Let the `when`-th epoch of all end in an exception."
@@ -188,13 +194,12 @@ def test_two_recipes_share_stages(tmp_path, tiny):
 
 @pytest.mark.soak
 @pytest.mark.parametrize('turn', range(6))
-def test_many_races(tmp_path, tiny, rng, turn):
-    "Three processes; with and without locks; some of them killed and started again."
+def test_many_races(tmp_path, tiny, turn):
+    "Three processes; with and without locks; one of them killed, and all started again."
     out, how = tmp_path/'runs', {'lockless': bool(turn % 2)}
     if turn >= 2:
-        several = [drive.start(out, tiny=True, **how) for _ in range(3)]
-        time.sleep(rng.uniform(.2, 1.5))
-        several[0].kill()
+        deaths = ({'kill': (5 * turn, 'before')}, {}, {})
+        several = [drive.start(out, tiny=True, **how, **death) for death in deaths]
         for p in several: p.join()
         assert all(p.exitcode in (0, -9) for p in several), out.with_suffix('.log').read_text()
     race(out, tiny[1], (None,) * 3, **how)

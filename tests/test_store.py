@@ -187,7 +187,7 @@ SCRIPT = '''
 from dataclasses import replace
 from kesi import paper, pipeline
 from kesi.runtime import Runtime
-r = replace(paper.recipe('digits@100/resnet8'), seeds=1, iterations=1, epochs=1, retrain_epochs=1, distill_epochs=1)
+r = replace(paper.recipe('digits@100/resnet8'), seeds=1, iterations=1, epochs=80, retrain_epochs=1, distill_epochs=1)
 pipeline.run(r, {!r}, Runtime(threads=1), jobs=2)
 '''
 

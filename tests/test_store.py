@@ -1,8 +1,8 @@
 "What a run folder remembers, what is cleared away in it, and who helps: nothing finished is lost or offered for deletion."
-import errno, fcntl, json, os, subprocess, sys, textwrap
+import errno, fcntl, json, os, subprocess, sys
 from dataclasses import replace
 import drive, pytest
-from kesi import cli, paper, pipeline, report, runtime, scale, store, studies
+from kesi import cli, pipeline, report, runtime, scale, store, studies
 from kesi.runtime import Runtime
 
 RT = Runtime(threads=1)

@@ -9,8 +9,13 @@ MACHINE_PATH = re.compile(r'(/root/|/work/|/tmp/|/home/\w+/|/Users/\w+/)')
 
 
 def source(cell): return ''.join(cell['source'])
-def code_cells(nb): return [c for c in nb['cells'] if c['cell_type'] == 'code' and source(c).strip()]
-def shown(cell): return not re.search(r'^#\|\s*(hide|default_exp|export|eval:\s*false)', source(cell), re.M)
+def is_code(cell): return cell['cell_type'] == 'code' and source(cell).strip()
+def code_cells(nb): return [c for c in nb['cells'] if is_code(c)]
+
+
+def shown(cell):
+    unshown = r'^#\|\s*(hide|default_exp|export|eval:\s*false)'
+    return not re.search(unshown, source(cell), re.M)
 
 
 def printed(output):
@@ -25,7 +30,8 @@ NO_PICTURE = 'a figure without its picture; put %matplotlib inline into the firs
 def test_notebook_is_fit_to_be_read(path):
     nb = json.loads(path.read_text())
     outputs = [o for c in code_cells(nb) for o in c['outputs']]
-    if any(map(shown, code_cells(nb))): assert outputs, 'committed without outputs; run `make notebooks`'
+    if any(map(shown, code_cells(nb))):
+        assert outputs, 'committed without outputs; run `make notebooks`'
     for o in outputs:
         assert o['output_type'] != 'error'
         assert o.get('name') != 'stderr', printed(o)
@@ -40,7 +46,8 @@ def test_notebook_is_fit_to_be_read(path):
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_lines_fit_the_page(path):
-    lines = [line for c in code_cells(json.loads(path.read_text())) for line in source(c).split('\n')]
+    cells = code_cells(json.loads(path.read_text()))
+    lines = [line for c in cells for line in source(c).split('\n')]
     long = [line for line in lines if len(line) > 100]
     assert not long, f'{len(long)} lines of code are longer than 100 characters, first {long[0]}'
 
@@ -49,10 +56,12 @@ def test_package_is_in_step_with_notebooks(tmp_path):
     "Exporting again changes nothing."
     debris = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints')
     for name in ('nbs', 'kesi'): shutil.copytree(ROOT/name, tmp_path/name, ignore=debris)
-    for name in ('settings.ini', 'setup.py', 'pyproject.toml'): shutil.copy(ROOT/name, tmp_path/name)
+    for name in ('settings.ini', 'setup.py', 'pyproject.toml'):
+        shutil.copy(ROOT/name, tmp_path/name)
     code = 'from nbdev.doclinks import nbdev_export; nbdev_export()'
     env = {**os.environ, 'PYTHONPATH': str(tmp_path)}
-    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, capture_output=True, env=env)
+    line = [sys.executable, '-c', code]
+    subprocess.run(line, cwd=tmp_path, check=True, capture_output=True, env=env)
     for p in sorted((ROOT/'kesi').glob('*.py')):
         exported = (tmp_path/'kesi'/p.name).read_text()
         stale = f'{p.name} is not what the notebooks export; run nbdev_export'
@@ -119,7 +128,8 @@ def test_users_may_have_any_fastcore():
     import configparser, shlex
     settings = configparser.ConfigParser(delimiters=['='], interpolation=None)
     settings.read(ROOT/'settings.ini', encoding='utf-8')
-    lists = {n: shlex.split(v) for n, v in settings['DEFAULT'].items() if n.endswith('requirements')}
+    everything = settings['DEFAULT'].items()
+    lists = {n: shlex.split(v) for n, v in everything if n.endswith('requirements')}
     is_bounded = lambda word: word.startswith('fastcore') and word != 'fastcore'
     bounded = {n for n, words in lists.items() if any(map(is_bounded, words))}
     assert 'fastcore' in lists['requirements'] and bounded == {'dev_requirements'}

@@ -11,7 +11,7 @@ listed = lambda name: shlex.split(cfg.get(name, ''))
 named = [name for name in cfg if name.endswith('_requirements')]
 extras = {name.removesuffix('_requirements'): listed(name) for name in named}
 readme = Path('README.md')
-package_data = ['networks/*/*', 'order-*.safetensors']        # networks, the official order of datasets
+package_data = ['networks/*/*', 'order-*.safetensors']  # networks, the official order of datasets
 
 setup(
     name=cfg['lib_name'], version=cfg['version'],

@@ -1,4 +1,4 @@
-"The command `kesi_study`: what is wrong is said in one line, before anything is computed or written."
+"The command `kesi_study`: what is wrong is said in one line, before anything is written."
 import pytest
 from kesi import studies
 

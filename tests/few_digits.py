@@ -19,4 +19,4 @@ for arch in networks:
     table = json.loads(path.read_text())['table']
     kesi = table[-1]
     assert kesi['variant'] == 'kesi' and kesi['nonzero_params'] < table[0]['params'], arch
-    report._save = lambda figure, path: None             # the first network has shown that figures are drawn
+    report._save = lambda figure, path: None    # the first network has shown figures are drawn

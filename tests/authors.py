@@ -18,8 +18,9 @@ def tensor(arch, name, shape):
     "The tensor of that name."
     g = np.random.RandomState(zlib.crc32(f'{arch}/{name}'.encode()))
     if name.endswith('num_batches_tracked'): return torch.tensor(7)
+    variances = (.5, 1.5) if arch == 'vgg16' else (2, 6)
     if name.endswith('running_mean'): v = g.standard_normal(shape) * .1
-    elif name.endswith('running_var'): v = g.uniform(*((.5, 1.5) if arch == 'vgg16' else (2, 6)), shape)
+    elif name.endswith('running_var'): v = g.uniform(*variances, shape)
     elif len(shape) == 1 and name.endswith('weight'): v = g.uniform(.5, 1.5, shape)
     elif len(shape) == 1: v = g.standard_normal(shape) * .1
     elif len(shape) == 2: v = g.standard_normal(shape) * (1 / shape[1]) ** .5
@@ -27,7 +28,9 @@ def tensor(arch, name, shape):
     return torch.tensor(v.astype(np.float32))
 
 @functools.cache
-def state_dict(arch): return {n: tensor(arch, n, tuple(shape)) for n, shape in facts(arch)['state_dict']}
+def state_dict(arch):
+    named = facts(arch)['state_dict']
+    return {n: tensor(arch, n, tuple(shape)) for n, shape in named}
 
 def cfg(arch):
     found = facts(arch)['cfg']

@@ -1,4 +1,4 @@
-"The benchmark as a command: what it writes, and how it refuses. How fast anything is, is never a test."
+"The benchmark as a command: what it writes, how it refuses. Speed itself is never a test."
 import json, math
 import pytest
 from kesi import bench, cli, macs
@@ -26,7 +26,7 @@ def test_quick_bench_writes_what_it_measured(tmp_path, capsys, what):
     assert found['clock'] == 'cpu'
     measured = numbers([found[part] for part in ('cases', 'inference', 'machine')])
     assert all(math.isfinite(n) and n > 0 for n in measured)
-    assert bench.tables(found) in said                          # the tables can be drawn again from the file
+    assert bench.tables(found) in said                # the tables can be drawn again from the file
     assert bool(found['inference']) == ('inference' in what)
     if not found['inference']: return
     widths = bench.snapshots('resnet8')[5].spec.widths

@@ -21,7 +21,7 @@ def quick(n):
 
 @st.composite
 def specs(draw, archs=SMALL):
-    "A spec of a small network: widths from 1 to 12 (VGG's and ResNet-18's full ones would be slow)."
+    "A spec of a small network: widths from 1 to 12 (VGG's and ResNet-18's full ones are slow)."
     arch = draw(st.sampled_from(archs))
     n = len(paper.full_widths(arch))
     widths = draw(st.lists(st.integers(1, 12), min_size=n, max_size=n))
@@ -60,7 +60,8 @@ def test_pruned_equals_zeroed_and_can_be_saved(data, spec, seed, size):
     keep, small = keep_filters(net, rates), prune_filters(net, rates)
     logits = small(x)
     same(logits, zero_filters(net, keep)(x))
-    assert small.spec == replace(spec, widths=paper.shrink(spec.widths, paper.expand(spec.arch, rates)))
+    widths = paper.shrink(spec.widths, paper.expand(spec.arch, rates))
+    assert small.spec == replace(spec, widths=widths)
     for n, t in net.state_dict().items():
         assert torch.equal(t, before[n]), f'{n} of the big network was changed'
     rebuilt = build(small.spec).double().eval()
@@ -76,7 +77,7 @@ def test_pruned_equals_zeroed_and_can_be_saved(data, spec, seed, size):
 @given(st.data(), specs(), st.integers(0, 2**32))
 @torch.no_grad()
 def test_any_choice_of_filters(data, spec, seed):
-    "Not only the l1 choice: any filters may be kept, units of one width keep different ones, and widening brings them back."
+    "Any filters may be kept, other ones in units of one width; widening brings them back."
     net, x = shaken(spec, seed), images(spec, seed, 16)
     counts, g = [data.draw(st.integers(1, w)) for w in spec.widths], generator('keep', seed)
     def some(width): return torch.randperm(spec.widths[width], generator=g)[:counts[width]]

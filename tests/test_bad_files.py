@@ -17,8 +17,10 @@ pytestmark = pytest.mark.filterwarnings('ignore:Detected pickle protocol', 'igno
 def test_rates_that_empty_a_layer(arch):
     narrow_spec = Spec(arch, (2,) * len(paper.full_widths(arch)))
     for rates in (.9, [.9] * len(paper.stages(arch)), [0.] * (len(narrow_spec.widths) - 1) + [.6]):
-        with pytest.raises(UserError, match='would remove all 2 filters of width .*at least one'): prune_filters(build(narrow_spec), rates)
-    with pytest.raises(UserError, match='would remove all'): paper.Recipe(arch=arch, rates=(.9,), iterations=5)
+        with pytest.raises(UserError, match='would remove all 2 filters of width .*at least one'):
+            prune_filters(build(narrow_spec), rates)
+    with pytest.raises(UserError, match='would remove all'):
+        paper.Recipe(arch=arch, rates=(.9,), iterations=5)
 
 def test_from_64_at_rate_03_ten_prunings_leave_nothing():
     assert min(paper.Recipe(arch='resnet56', iterations=9).widths(9)) >= 1
@@ -28,7 +30,8 @@ def test_from_64_at_rate_03_ten_prunings_leave_nothing():
 def test_plans_of_the_wrong_length(arch):
     net, stages, widths = build(Spec(arch)), len(paper.stages(arch)), len(paper.full_widths(arch))
     for n in {0, 2, stages - 1, stages + 1, widths + 1} - {1, stages, widths}:
-        with pytest.raises(UserError, match=f'{arch} takes 1 rate for all, .*got {n}$'): prune_filters(net, [.1] * n)
+        with pytest.raises(UserError, match=f'{arch} takes 1 rate for all, .*got {n}$'):
+            prune_filters(net, [.1] * n)
     keep = keep_filters(net, .5)
     with pytest.raises(UserError, match=f'has {len(keep)} units'): narrow(net, keep[:-1])
     with pytest.raises(UserError, match=f'has {widths} widths'): widen(net, net.spec.widths[1:])
@@ -97,7 +100,8 @@ def test_missing(path, tmp_path):
 
 @pytest.mark.parametrize('is_a, said', [(a, b) for a in authors.ARCHS for b in ('resnet56', 'vgg16', 'resnet18', 'wrn_16_8') if a != b])
 def test_another_architecture(path, is_a, said):
-    torch.save({'state_dict': build(Spec(is_a)).state_dict()} if is_a != 'wrn_16_8' else {'state_dict': build(Spec('wrn_16_8', (4,) * 6)).state_dict()}, path)
+    spec = Spec('wrn_16_8', (4,) * 6) if is_a == 'wrn_16_8' else Spec(is_a)
+    torch.save({'state_dict': build(spec).state_dict()}, path)
     refused(path, said, UserError, f'does not hold a {said}: its layers are those of {is_a}')
 
 def test_the_same_layers_in_other_sizes(path):
@@ -132,7 +136,8 @@ def test_what_else_the_files_hold_is_ignored(path, good):
     "Optimizer state, accuracies, half precision, and files from before norms counted their batches."
     net = build(Spec('resnet20'))
     opt = torch.optim.SGD(net.parameters(), lr=.1, momentum=.9)
-    net(torch.zeros(2, 3, 16, 16)).sum().backward(); opt.step()
+    net(torch.zeros(2, 3, 16, 16)).sum().backward()
+    opt.step()
     state = {n: t for n, t in good['state_dict'].items() if not n.endswith('num_batches_tracked')}
     torch.save({**good, 'state_dict': state, 'optimizer': opt.state_dict(), 'best_prec1': torch.tensor(.9), 'acc': 93.1, 'epoch': 3, 'arch': 'x'}, path)
     again = from_authors(path, 'resnet20')
@@ -151,9 +156,15 @@ class Attack:
 @pytest.mark.parametrize('call', ('mkdir', 'system', 'exec'))
 def test_no_code_is_run(path, tmp_path, good, call, where):
     trap = tmp_path / 'sprung'
-    attack = {'mkdir': Attack(os.mkdir, str(trap)), 'system': Attack(os.system, f'touch {trap}'), 'exec': Attack(exec, f'open({str(trap)!r}, "w")')}[call]
-    content = {'alone': attack, 'extra': {**good, 'extra': attack}, 'cfg': {**good, 'cfg': attack}, 'state_dict': {**good, 'state_dict': attack},
-               'tensor': {**good, 'state_dict': {**good['state_dict'], 'fc.bias': attack}}, 'name': {**good, 'best': {'deep': [attack]}}}[where]
+    attack = {'mkdir': Attack(os.mkdir, str(trap)),
+              'system': Attack(os.system, f'touch {trap}'),
+              'exec': Attack(exec, f'open({str(trap)!r}, "w")')}[call]
+    content = {'alone': attack,
+               'extra': {**good, 'extra': attack},
+               'cfg': {**good, 'cfg': attack},
+               'state_dict': {**good, 'state_dict': attack},
+               'tensor': {**good, 'state_dict': {**good['state_dict'], 'fc.bias': attack}},
+               'name': {**good, 'best': {'deep': [attack]}}}[where]
     torch.save(content, path)
     assert 'Nothing was run' in refused(path, match='would run code') and not trap.exists()
     with open(path, 'wb') as f: pickle.dump(content, f)                       # a bare pickle, not torch's archive
@@ -202,7 +213,8 @@ class Code:
 @pytest.mark.parametrize('bad', ['empty', 'text', 'code'])
 def test_pretrained_from_a_bad_file(monkeypatch, tmp_path, bad):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    home = tmp_path/'hub'/'checkpoints'; home.mkdir(parents=True)
+    home = tmp_path/'hub'/'checkpoints'
+    home.mkdir(parents=True)
     file = home/torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url.rsplit('/')[-1]
     if bad == 'code': torch.save({'conv1.weight': Code(tmp_path/'written')}, file)
     else: file.write_bytes(b'' if bad == 'empty' else b'no weights')
@@ -212,4 +224,5 @@ def test_pretrained_from_a_bad_file(monkeypatch, tmp_path, bad):
 def test_pretrained_without_a_connection(monkeypatch):
     def answer(self, **options): raise URLError('no route to host')
     monkeypatch.setattr(torchvision.models.WeightsEnum, 'get_state_dict', answer)
-    with pytest.raises(KesiError, match='cannot get the ImageNet weights from https.*no route to host'): pretrained(Spec('resnet18'))
+    said = 'cannot get the ImageNet weights from https.*no route to host'
+    with pytest.raises(KesiError, match=said): pretrained(Spec('resnet18'))

@@ -52,13 +52,27 @@ def test_params_and_macs_of_each_pruning(networks, arch):
 # network: classes, image size, params after 0..5 prunings,
 # MACs in M before and after five, share of MACs saved in %, as printed
 COUNTS = {
-    'resnet56': (10, 32, (853018, 654450, 513598, 417760, 340398, 283816), ('125.49', '51.09'), '59.28'),
-    'resnet110': (10, 32, (1727962, 1256960, 923318, 697592, 516032, 383534), ('252.89', '86.19'), '65.92'),
-    'preresnet164': (10, 32, (1703258, 1091779, 741590, 541579, 402771, 313620), ('247.65', '67.62'), '72.69'),
-    'wrn_16_8': (10, 32, (10961370, 8010654, 5894362, 4378574, 3277770, 2479022), ('1548.15', '547.51'), '64.63'),
-    'vgg16': (10, 32, (14987722, 9455098, 6273310, 4431289, 3355802, 2714694), ('313.46', '170.6'), '45.58'),
-    'resnet18': (200, 224, (11279112, 8306624, 6171300, 4636912, 3520248, 2708380), ('1813.66', '826.61'), '54.4'),
-    'resnet34': (200, 224, (21387272, 15968298, 12019122, 9127208, 6990660, 5404362), ('3663.35', '1558.63'), '57.5')}
+    'resnet56': (
+        10, 32, (853018, 654450, 513598, 417760, 340398, 283816),
+        ('125.49', '51.09'), '59.28'),
+    'resnet110': (
+        10, 32, (1727962, 1256960, 923318, 697592, 516032, 383534),
+        ('252.89', '86.19'), '65.92'),
+    'preresnet164': (
+        10, 32, (1703258, 1091779, 741590, 541579, 402771, 313620),
+        ('247.65', '67.62'), '72.69'),
+    'wrn_16_8': (
+        10, 32, (10961370, 8010654, 5894362, 4378574, 3277770, 2479022),
+        ('1548.15', '547.51'), '64.63'),
+    'vgg16': (
+        10, 32, (14987722, 9455098, 6273310, 4431289, 3355802, 2714694),
+        ('313.46', '170.6'), '45.58'),
+    'resnet18': (
+        200, 224, (11279112, 8306624, 6171300, 4636912, 3520248, 2708380),
+        ('1813.66', '826.61'), '54.4'),
+    'resnet34': (
+        200, 224, (21387272, 15968298, 12019122, 9127208, 6990660, 5404362),
+        ('3663.35', '1558.63'), '57.5')}
 
 @pytest.mark.parametrize('arch', COUNTS)
 def test_counts(arch):
@@ -95,7 +109,8 @@ def test_files_of_pruned_networks(tmp_path, networks, arch):
         torch.save({'state_dict': net.state_dict(), **cfg}, tmp_path / 'pruned.pth.tar')
         again = from_authors(tmp_path / 'pruned.pth.tar', arch)
         assert again.spec == net.spec
-        for a, b in zip(again.state_dict().values(), net.state_dict().values(), strict=True): assert torch.equal(a, b)
+        pairs = zip(again.state_dict().values(), net.state_dict().values(), strict=True)
+        for a, b in pairs: assert torch.equal(a, b)
 
 # The networks themselves, against code that shares nothing with ours
 
@@ -139,7 +154,9 @@ def by_hand(arch, s, x):
             step = stride(p, p.split('.')[1])
             y = act(s, f'{p}.bn1', F.conv2d(x, s[f'{p}.conv1.weight'], stride=step, padding=1))
             y = norm(s, f'{p}.bn2', F.conv2d(y, s[f'{p}.conv2.weight'], padding=1))
-            if step == 2: x = torch.cat([F.avg_pool2d(x, 2), torch.zeros_like(F.avg_pool2d(x, 2))], 1)
+            if step == 2:
+                x = F.avg_pool2d(x, 2)
+                x = torch.cat([x, torch.zeros_like(x)], 1)
             x = F.relu(x + y)
     return F.linear(F.avg_pool2d(x, 8).flatten(1), s['fc.weight'], s['fc.bias'])
 

@@ -51,13 +51,22 @@ def test_units_of_one_width_keep_equally_many():
 def test_targets_out_of_reach():
     for arch in ('resnet8', 'vgg16'):
         with pytest.raises(UserError, match='out of reach'): rates_for(arch, macs=.02)
-    for bad in ({}, {'macs': .5, 'params': .5}, {'macs': 0}, {'macs': 1}, {'params': 35}, {'macs': 'half'}, {'macs': True}, {'macs': .5, 'rates': 0.}):
+    for bad in ({},
+                {'macs': .5, 'params': .5},
+                {'macs': 0},
+                {'macs': 1},
+                {'params': 35},
+                {'macs': 'half'},
+                {'macs': True},
+                {'macs': .5, 'rates': 0.}):
         with pytest.raises(UserError): rates_for('resnet8', **bad)
 
 # Files
 
 @pytest.fixture(scope='module')
-def good(): return {'cfg': list(paper.full_widths('resnet20')), 'state_dict': build(Spec('resnet20')).state_dict()}
+def good():
+    state = build(Spec('resnet20')).state_dict()
+    return {'cfg': list(paper.full_widths('resnet20')), 'state_dict': state}
 
 @pytest.fixture
 def path(tmp_path): return tmp_path / 'model_best.pth.tar'
@@ -67,14 +76,31 @@ def refused(path, arch='resnet20', error=DamagedFile, match=None):
     assert str(path) in str(e.value) and len(str(e.value)) < 500
     return str(e.value)
 
-@pytest.mark.parametrize('content', (b'', b'not a checkpoint', b'\x80\x04.', bytes(range(256)) * 4, b'PK\x03\x04' + bytes(100), b'{"cfg": [1, 2]}', b'\x80\x02}q\x00.'),
-                         ids=('empty', 'text', 'truncated', 'bytes', 'zip', 'json', 'dict'))
+@pytest.mark.parametrize('content', (
+    pytest.param(b'', id='empty'),
+    pytest.param(b'not a checkpoint', id='text'),
+    pytest.param(b'\x80\x04.', id='truncated'),
+    pytest.param(bytes(range(256)) * 4, id='bytes'),
+    pytest.param(b'PK\x03\x04' + bytes(100), id='zip'),
+    pytest.param(b'{"cfg": [1, 2]}', id='json'),
+    pytest.param(b'\x80\x02}q\x00.', id='dict')))
 def test_not_a_checkpoint(path, content):
     path.write_bytes(content)
     refused(path)
 
-@pytest.mark.parametrize('content', ([1, 2], 3, 'text', None, torch.zeros(3), {}, {'cfg': [16] * 9}, {'state_dict': None}, {'state_dict': {}}, {'state_dict': [1]},
-                                     {'state_dict': {'conv1.weight': 1}}, {'state_dict': {3: torch.zeros(1)}}), ids=str)
+@pytest.mark.parametrize('content', (
+    [1, 2],
+    3,
+    'text',
+    None,
+    torch.zeros(3),
+    {},
+    {'cfg': [16] * 9},
+    {'state_dict': None},
+    {'state_dict': {}},
+    {'state_dict': [1]},
+    {'state_dict': {'conv1.weight': 1}},
+    {'state_dict': {3: torch.zeros(1)}}), ids=str)
 def test_a_pickle_of_something_else(path, content):
     torch.save(content, path)
     refused(path, match='state_dict')
@@ -113,7 +139,8 @@ def test_unknown_names(path, good):
     with pytest.raises(UserError, match='unknown network'): from_authors(path, 'resnet57')
     torch.save({'state_dict': {**good['state_dict'], 'fc.extra': torch.zeros(1)}}, path)
     refused(path, error=UserError, match="unknown, such as 'fc.extra'")
-    torch.save({'state_dict': {n: t for n, t in good['state_dict'].items() if n != 'fc.bias'}}, path)
+    rest = {n: t for n, t in good['state_dict'].items() if n != 'fc.bias'}
+    torch.save({'state_dict': rest}, path)
     refused(path, error=UserError, match="missing .*'fc.bias'")
 
 @pytest.mark.parametrize('cfg', ([16] * 8, [15] + [16] * 8, 'sixteen', 16, {'0': 16}, []), ids=str)

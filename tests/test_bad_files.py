@@ -24,7 +24,8 @@ def test_rates_that_empty_a_layer(arch):
 
 def test_from_64_at_rate_03_ten_prunings_leave_nothing():
     assert min(paper.Recipe(arch='resnet56', iterations=9).widths(9)) >= 1
-    with pytest.raises(UserError, match='at least one'): paper.Recipe(arch='resnet56', iterations=10)
+    with pytest.raises(UserError, match='at least one'):
+        paper.Recipe(arch='resnet56', iterations=10)
 
 @pytest.mark.parametrize('arch', ('resnet8', 'preresnet11', 'wrn_10_1', 'vgg16', 'resnet18'))
 def test_plans_of_the_wrong_length(arch):
@@ -194,7 +195,8 @@ def test_no_code_is_run(path, tmp_path, good, call, where):
                'name': {**good, 'best': {'deep': [attack]}}}[where]
     torch.save(content, path)
     assert 'Nothing was run' in refused(path, match='would run code') and not trap.exists()
-    with open(path, 'wb') as f: pickle.dump(content, f)                       # a bare pickle, not torch's archive
+    with open(path, 'wb') as f:
+        pickle.dump(content, f)                       # a bare pickle, not torch's archive
     refused(path)
     assert not trap.exists()
     torch.save(content, path, _use_new_zipfile_serialization=False)           # torch's old format
@@ -245,7 +247,8 @@ def test_pretrained_from_a_bad_file(monkeypatch, tmp_path, bad):
     file = home/torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url.rsplit('/')[-1]
     if bad == 'code': torch.save({'conv1.weight': Code(tmp_path/'written')}, file)
     else: file.write_bytes(b'' if bad == 'empty' else b'no weights')
-    with pytest.raises(KesiError, match='put that file into .*checkpoints'): pretrained(Spec('resnet18'))
+    with pytest.raises(KesiError, match='put that file into .*checkpoints'):
+        pretrained(Spec('resnet18'))
     assert not (tmp_path/'written').exists()
 
 def test_pretrained_without_a_connection(monkeypatch):

@@ -417,7 +417,9 @@ class Heads(Flat):
         x = x.view(len(x), 4, 4, *x.shape[2:]).flatten(1, 2)
         return self.fc(F.adaptive_avg_pool2d(x, 4).flatten(1))
 
-@pytest.mark.parametrize('net, said', ((Shuffled, r'its layer up \(PixelShuffle\) expects'), (Heads, 'its forward pass expects')))
+@pytest.mark.parametrize('net, said', (
+    (Shuffled, r'its layer up \(PixelShuffle\) expects'),
+    pytest.param(Heads, 'its forward pass expects', marks=pytest.mark.soak)))       # minutes
 def test_what_a_cut_breaks_is_said(net, said):
     with pytest.raises(UserError, match=f'fewer filters in b: {said}') as e: cut(net(), SHAPE, .4)
     assert 'flatten' not in str(e.value) and "rates={'b': 0" in str(e.value)

@@ -68,7 +68,7 @@ def test_helpers_end_with_their_run(tmp_path, runs, number):
                          text=True, start_new_session=True, preexec_fn=heed)
     assert 'baseline: test accuracy' in p.stdout.readline()
     helpers = psutil.Process(p.pid).children()
-    assert any('spawn_main' in word for h in helpers for word in h.cmdline())
+    assert any('kesi.store' in word for h in helpers for word in h.cmdline())
     if number == signal.SIGKILL: p.kill()
     else: os.killpg(p.pid, number)
     said = p.communicate(timeout=60)[1]

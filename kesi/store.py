@@ -66,6 +66,7 @@ def _intact(value: dict) -> bool:
     except UserError: return False                            # NaN: equal to nothing
     return value.get('sha256') == own
 
+# %% ../nbs/engine/store.ipynb #a06c14dd
 class Store:
     "A folder of finished stages."
     def __init__(self, root,          # the folder; made where it is missing
@@ -269,6 +270,7 @@ def ensure(self: Store,
     if computed and on_stage and rt.rank == 0: on_stage(stage, m)
     return m
 
+# %% ../nbs/engine/store.ipynb #80755dbf
 @patch
 def _lock(self: Store, stage, wait): return locked(self.lock(stage.folder), stage.folder, self.say, wait)
 
@@ -413,13 +415,12 @@ class Progress:
         if stage.key not in self.names: return
         self.done += self.left.pop(stage.key, 0)          # epochs of other processes
         if not self.say: return
-        found = m['metrics']
+        name, found = self.names[stage.key][0], m['metrics']
         self.bar.clear()
-        self.say(f'{self.names[stage.key][0]}: {self.measured} accuracy {found["accuracy"]:.2%}, '
-                 f'{found["params"]:,} parameters · {self.to_go()}')
+        self.say(f'{name}: {self.measured} accuracy {found["accuracy"]:.2%}, {found["params"]:,} '
+                 f'parameters · {self.to_go()}')
 
-    def there(self, stage, m):
-        "A stage is there; news where another process computed it."
+    def there(self, stage, m): # news where another process computed it
         if stage.key in self.left: self.stage(stage, m)
 
 # %% ../nbs/engine/store.ipynb #7a0e0011
@@ -443,6 +444,7 @@ def _help():
         print(' '.join(f'{type(e).__name__}: {e}'.split()), flush=True)
         raise SystemExit(1) from e
 
+# %% ../nbs/engine/store.ipynb #7a0e0012
 class Helpers:
     "Processes that compute stages of the same run; started like a command, so that scripts need no main guard."
     def __init__(self, n, plan, *what, say):

@@ -7,7 +7,7 @@ from kesi.models import Spec, build
 from kesi.runtime import Runtime, launched
 from kesi.schedules import Training
 
-def runtime(**kw): return Runtime(threads=1, processes=launched(), **kw)
+def runtime(**kw): return Runtime(threads=1, processes=launched(), evaluate=1, **kw)
 
 def uneven(train=66, test=53):
     "Sets that neither 2 nor 3 processes can divide evenly; 66 images in batches of 16 leave two for the last, too few for 3."

@@ -1,9 +1,10 @@
 __version__ = "0.1.0"
 
-_OFFERED = {'compress': 'anynet', 'save': 'anynet', 'load': 'anynet', 'export': 'deploy', 'share': 'deploy', 'zoo': 'pretrained'}
+_OFFERED = {'compress': 'anynet', 'save': 'anynet', 'load': 'anynet',
+            'export': 'deploy', 'share': 'deploy', 'zoo': 'pretrained'}
 
 def __getattr__(name):
-    "`kesi.compress` and its kin are imported when they are first used, so that `import kesi.paper` stays light."
+    "`kesi.compress` and its kin are imported at first use: `import kesi.paper` stays light."
     if name in _OFFERED:
         from importlib import import_module
         return getattr(import_module(f'.{_OFFERED[name]}', __name__), name)

@@ -16,5 +16,5 @@ def tiny(tmp_path_factory):
     return out, drive.content(out)
 
 def pytest_collection_modifyitems(items):
-    "The browser's long tests come first, so that the many short ones even out what several workers have to do."
+    "The browser's long tests come first: many short ones even out what several workers do."
     items.sort(key=lambda item: item.path.name != 'test_site.py')

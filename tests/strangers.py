@@ -8,11 +8,15 @@ class Handmade(nn.Module):
     "A residual block, a depthwise convolution, a concatenation, a bias and a hidden linear layer."
     def __init__(self, classes=10):
         super().__init__()
-        conv = lambda i, o, **kw: nn.Sequential(nn.Conv2d(i, o, 3, padding=1, **kw), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
+        def conv(i, o, **kw):
+            filters = nn.Conv2d(i, o, 3, padding=1, **kw)
+            return nn.Sequential(filters, nn.BatchNorm2d(o), nn.ReLU(inplace=True))
         self.stem, self.down, self.inner = conv(3, 24), conv(24, 32, stride=2), conv(32, 48)
         self.outer = nn.Sequential(nn.Conv2d(48, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32))
         self.depthwise, self.left, self.right = conv(32, 32, groups=32), conv(32, 40), conv(32, 24)
-        self.squeeze, self.head = conv(64, 20, stride=2), nn.Sequential(nn.Linear(20 * 4 * 4, 32), nn.ReLU(), nn.Dropout(.1), nn.Linear(32, classes))
+        self.squeeze = conv(64, 20, stride=2)
+        hidden, last = nn.Linear(20 * 4 * 4, 32), nn.Linear(32, classes)
+        self.head = nn.Sequential(hidden, nn.ReLU(), nn.Dropout(.1), last)
     def forward(self, x):
         x = self.down(self.stem(x))
         x = self.depthwise(F.relu(x + self.outer(self.inner(x))))
@@ -21,7 +25,8 @@ class Handmade(nn.Module):
 
 def _vision(name): return torchvision.models.get_model(name, weights=None, num_classes=10)
 
-FACTORIES = {'handmade': Handmade, **{n: functools.partial(_vision, n) for n in ('resnet50', 'mobilenet_v2', 'densenet121', 'efficientnet_b0')}}
+VISION = ('resnet50', 'mobilenet_v2', 'densenet121', 'efficientnet_b0')
+FACTORIES = {'handmade': Handmade, **{n: functools.partial(_vision, n) for n in VISION}}
 SHAPE = (3, 64, 64)
 
 def names(heavy=('densenet121', 'efficientnet_b0')):

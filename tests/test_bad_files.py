@@ -17,18 +17,22 @@ pytestmark = pytest.mark.filterwarnings('ignore:Detected pickle protocol', 'igno
 def test_rates_that_empty_a_layer(arch):
     narrow_spec = Spec(arch, (2,) * len(paper.full_widths(arch)))
     for rates in (.9, [.9] * len(paper.stages(arch)), [0.] * (len(narrow_spec.widths) - 1) + [.6]):
-        with pytest.raises(UserError, match='would remove all 2 filters of width .*at least one'): prune_filters(build(narrow_spec), rates)
-    with pytest.raises(UserError, match='would remove all'): paper.Recipe(arch=arch, rates=(.9,), iterations=5)
+        with pytest.raises(UserError, match='would remove all 2 filters of width .*at least one'):
+            prune_filters(build(narrow_spec), rates)
+    with pytest.raises(UserError, match='would remove all'):
+        paper.Recipe(arch=arch, rates=(.9,), iterations=5)
 
 def test_from_64_at_rate_03_ten_prunings_leave_nothing():
     assert min(paper.Recipe(arch='resnet56', iterations=9).widths(9)) >= 1
-    with pytest.raises(UserError, match='at least one'): paper.Recipe(arch='resnet56', iterations=10)
+    with pytest.raises(UserError, match='at least one'):
+        paper.Recipe(arch='resnet56', iterations=10)
 
 @pytest.mark.parametrize('arch', ('resnet8', 'preresnet11', 'wrn_10_1', 'vgg16', 'resnet18'))
 def test_plans_of_the_wrong_length(arch):
     net, stages, widths = build(Spec(arch)), len(paper.stages(arch)), len(paper.full_widths(arch))
     for n in {0, 2, stages - 1, stages + 1, widths + 1} - {1, stages, widths}:
-        with pytest.raises(UserError, match=f'{arch} takes 1 rate for all, .*got {n}$'): prune_filters(net, [.1] * n)
+        with pytest.raises(UserError, match=f'{arch} takes 1 rate for all, .*got {n}$'):
+            prune_filters(net, [.1] * n)
     keep = keep_filters(net, .5)
     with pytest.raises(UserError, match=f'has {len(keep)} units'): narrow(net, keep[:-1])
     with pytest.raises(UserError, match=f'has {widths} widths'): widen(net, net.spec.widths[1:])
@@ -48,13 +52,22 @@ def test_units_of_one_width_keep_equally_many():
 def test_targets_out_of_reach():
     for arch in ('resnet8', 'vgg16'):
         with pytest.raises(UserError, match='out of reach'): rates_for(arch, macs=.02)
-    for bad in ({}, {'macs': .5, 'params': .5}, {'macs': 0}, {'macs': 1}, {'params': 35}, {'macs': 'half'}, {'macs': True}, {'macs': .5, 'rates': 0.}):
+    for bad in ({},
+                {'macs': .5, 'params': .5},
+                {'macs': 0},
+                {'macs': 1},
+                {'params': 35},
+                {'macs': 'half'},
+                {'macs': True},
+                {'macs': .5, 'rates': 0.}):
         with pytest.raises(UserError): rates_for('resnet8', **bad)
 
 # Files
 
 @pytest.fixture(scope='module')
-def good(): return {'cfg': list(paper.full_widths('resnet20')), 'state_dict': build(Spec('resnet20')).state_dict()}
+def good():
+    state = build(Spec('resnet20')).state_dict()
+    return {'cfg': list(paper.full_widths('resnet20')), 'state_dict': state}
 
 @pytest.fixture
 def path(tmp_path): return tmp_path / 'model_best.pth.tar'
@@ -64,14 +77,31 @@ def refused(path, arch='resnet20', error=DamagedFile, match=None):
     assert str(path) in str(e.value) and len(str(e.value)) < 500
     return str(e.value)
 
-@pytest.mark.parametrize('content', (b'', b'not a checkpoint', b'\x80\x04.', bytes(range(256)) * 4, b'PK\x03\x04' + bytes(100), b'{"cfg": [1, 2]}', b'\x80\x02}q\x00.'),
-                         ids=('empty', 'text', 'truncated', 'bytes', 'zip', 'json', 'dict'))
+@pytest.mark.parametrize('content', (
+    pytest.param(b'', id='empty'),
+    pytest.param(b'not a checkpoint', id='text'),
+    pytest.param(b'\x80\x04.', id='truncated'),
+    pytest.param(bytes(range(256)) * 4, id='bytes'),
+    pytest.param(b'PK\x03\x04' + bytes(100), id='zip'),
+    pytest.param(b'{"cfg": [1, 2]}', id='json'),
+    pytest.param(b'\x80\x02}q\x00.', id='dict')))
 def test_not_a_checkpoint(path, content):
     path.write_bytes(content)
     refused(path)
 
-@pytest.mark.parametrize('content', ([1, 2], 3, 'text', None, torch.zeros(3), {}, {'cfg': [16] * 9}, {'state_dict': None}, {'state_dict': {}}, {'state_dict': [1]},
-                                     {'state_dict': {'conv1.weight': 1}}, {'state_dict': {3: torch.zeros(1)}}), ids=str)
+@pytest.mark.parametrize('content', (
+    [1, 2],
+    3,
+    'text',
+    None,
+    torch.zeros(3),
+    {},
+    {'cfg': [16] * 9},
+    {'state_dict': None},
+    {'state_dict': {}},
+    {'state_dict': [1]},
+    {'state_dict': {'conv1.weight': 1}},
+    {'state_dict': {3: torch.zeros(1)}}), ids=str)
 def test_a_pickle_of_something_else(path, content):
     torch.save(content, path)
     refused(path, match='state_dict')
@@ -97,7 +127,8 @@ def test_missing(path, tmp_path):
 
 @pytest.mark.parametrize('is_a, said', [(a, b) for a in authors.ARCHS for b in ('resnet56', 'vgg16', 'resnet18', 'wrn_16_8') if a != b])
 def test_another_architecture(path, is_a, said):
-    torch.save({'state_dict': build(Spec(is_a)).state_dict()} if is_a != 'wrn_16_8' else {'state_dict': build(Spec('wrn_16_8', (4,) * 6)).state_dict()}, path)
+    spec = Spec('wrn_16_8', (4,) * 6) if is_a == 'wrn_16_8' else Spec(is_a)
+    torch.save({'state_dict': build(spec).state_dict()}, path)
     refused(path, said, UserError, f'does not hold a {said}: its layers are those of {is_a}')
 
 def test_the_same_layers_in_other_sizes(path):
@@ -109,7 +140,8 @@ def test_unknown_names(path, good):
     with pytest.raises(UserError, match='unknown network'): from_authors(path, 'resnet57')
     torch.save({'state_dict': {**good['state_dict'], 'fc.extra': torch.zeros(1)}}, path)
     refused(path, error=UserError, match="unknown, such as 'fc.extra'")
-    torch.save({'state_dict': {n: t for n, t in good['state_dict'].items() if n != 'fc.bias'}}, path)
+    rest = {n: t for n, t in good['state_dict'].items() if n != 'fc.bias'}
+    torch.save({'state_dict': rest}, path)
     refused(path, error=UserError, match="missing .*'fc.bias'")
 
 @pytest.mark.parametrize('cfg', ([16] * 8, [15] + [16] * 8, 'sixteen', 16, {'0': 16}, []), ids=str)
@@ -132,7 +164,8 @@ def test_what_else_the_files_hold_is_ignored(path, good):
     "Optimizer state, accuracies, half precision, and files from before norms counted their batches."
     net = build(Spec('resnet20'))
     opt = torch.optim.SGD(net.parameters(), lr=.1, momentum=.9)
-    net(torch.zeros(2, 3, 16, 16)).sum().backward(); opt.step()
+    net(torch.zeros(2, 3, 16, 16)).sum().backward()
+    opt.step()
     state = {n: t for n, t in good['state_dict'].items() if not n.endswith('num_batches_tracked')}
     torch.save({**good, 'state_dict': state, 'optimizer': opt.state_dict(), 'best_prec1': torch.tensor(.9), 'acc': 93.1, 'epoch': 3, 'arch': 'x'}, path)
     again = from_authors(path, 'resnet20')
@@ -151,12 +184,19 @@ class Attack:
 @pytest.mark.parametrize('call', ('mkdir', 'system', 'exec'))
 def test_no_code_is_run(path, tmp_path, good, call, where):
     trap = tmp_path / 'sprung'
-    attack = {'mkdir': Attack(os.mkdir, str(trap)), 'system': Attack(os.system, f'touch {trap}'), 'exec': Attack(exec, f'open({str(trap)!r}, "w")')}[call]
-    content = {'alone': attack, 'extra': {**good, 'extra': attack}, 'cfg': {**good, 'cfg': attack}, 'state_dict': {**good, 'state_dict': attack},
-               'tensor': {**good, 'state_dict': {**good['state_dict'], 'fc.bias': attack}}, 'name': {**good, 'best': {'deep': [attack]}}}[where]
+    attack = {'mkdir': Attack(os.mkdir, str(trap)),
+              'system': Attack(os.system, f'touch {trap}'),
+              'exec': Attack(exec, f'open({str(trap)!r}, "w")')}[call]
+    content = {'alone': attack,
+               'extra': {**good, 'extra': attack},
+               'cfg': {**good, 'cfg': attack},
+               'state_dict': {**good, 'state_dict': attack},
+               'tensor': {**good, 'state_dict': {**good['state_dict'], 'fc.bias': attack}},
+               'name': {**good, 'best': {'deep': [attack]}}}[where]
     torch.save(content, path)
     assert 'Nothing was run' in refused(path, match='would run code') and not trap.exists()
-    with open(path, 'wb') as f: pickle.dump(content, f)                       # a bare pickle, not torch's archive
+    with open(path, 'wb') as f:
+        pickle.dump(content, f)                       # a bare pickle, not torch's archive
     refused(path)
     assert not trap.exists()
     torch.save(content, path, _use_new_zipfile_serialization=False)           # torch's old format
@@ -202,14 +242,17 @@ class Code:
 @pytest.mark.parametrize('bad', ['empty', 'text', 'code'])
 def test_pretrained_from_a_bad_file(monkeypatch, tmp_path, bad):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    home = tmp_path/'hub'/'checkpoints'; home.mkdir(parents=True)
+    home = tmp_path/'hub'/'checkpoints'
+    home.mkdir(parents=True)
     file = home/torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url.rsplit('/')[-1]
     if bad == 'code': torch.save({'conv1.weight': Code(tmp_path/'written')}, file)
     else: file.write_bytes(b'' if bad == 'empty' else b'no weights')
-    with pytest.raises(KesiError, match='put that file into .*checkpoints'): pretrained(Spec('resnet18'))
+    with pytest.raises(KesiError, match='put that file into .*checkpoints'):
+        pretrained(Spec('resnet18'))
     assert not (tmp_path/'written').exists()
 
 def test_pretrained_without_a_connection(monkeypatch):
     def answer(self, **options): raise URLError('no route to host')
     monkeypatch.setattr(torchvision.models.WeightsEnum, 'get_state_dict', answer)
-    with pytest.raises(KesiError, match='cannot get the ImageNet weights from https.*no route to host'): pretrained(Spec('resnet18'))
+    said = 'cannot get the ImageNet weights from https.*no route to host'
+    with pytest.raises(KesiError, match=said): pretrained(Spec('resnet18'))

@@ -5,12 +5,15 @@ import psutil, pytest
 from kesi.cli import kesi_run
 from kesi.paper import NETWORKS
 
-SMALL = ('digits/resnet8', '--seeds', '1', '--set', 'iterations=1', '--budget', '0.15', '--threads', '1', '--precision', 'float32')
+SMALL = ('digits/resnet8', '--seeds', '1', '--set', 'iterations=1', '--budget', '0.15',
+         '--threads', '1', '--precision', 'float32')
+SOAK = pytest.mark.soak
 
 
 def command(name, *args, cwd):
     code = f'import sys; from kesi.cli import {name}; sys.exit({name}())'
-    return subprocess.run([sys.executable, '-c', code, *args], cwd=cwd, capture_output=True, text=True, timeout=300)
+    line = [sys.executable, '-c', code, *args]
+    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def content(out):
@@ -43,9 +46,11 @@ def test_two_runs_give_identical_numbers(tmp_path, runs):
 
 
 def test_second_run_computes_nothing(runs):
-    before = {p: p.stat().st_mtime_ns for p in runs.glob('*/*') if p.parent.name not in ('reports', '.locks')}
+    files = [p for p in runs.glob('*/*') if p.parent.name not in ('reports', '.locks')]
+    before = {p: p.stat().st_mtime_ns for p in files}
     done = command('kesi_run', *SMALL, cwd=runs.parent)
-    assert done.returncode == 0 and 'test accuracy' not in done.stdout and 'report.md' in done.stdout
+    assert done.returncode == 0
+    assert 'test accuracy' not in done.stdout and 'report.md' in done.stdout
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
@@ -54,30 +59,39 @@ def gone(process):
     except psutil.NoSuchProcess: return True
 
 
-@pytest.mark.parametrize('number', (signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.soak)))
+@pytest.mark.parametrize('number', (signal.SIGINT, pytest.param(signal.SIGKILL, marks=SOAK)))
 def test_helpers_end_with_their_run(tmp_path, runs, number):
     code = 'import sys; from kesi.cli import kesi_run; sys.exit(kesi_run())'
-    p = subprocess.Popen([sys.executable, '-u', '-c', code, *SMALL, '--jobs', '2'], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))                        # a shell's background jobs ignore it
+    line = [sys.executable, '-u', '-c', code, *SMALL, '--jobs', '2']
+    def heed(): signal.signal(signal.SIGINT, signal.SIG_DFL)   # a shell's background jobs ignore it
+    p = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                         text=True, start_new_session=True, preexec_fn=heed)
     assert 'baseline: test accuracy' in p.stdout.readline()
     helpers = psutil.Process(p.pid).children()
     assert any('spawn_main' in word for h in helpers for word in h.cmdline())
     if number == signal.SIGKILL: p.kill()
     else: os.killpg(p.pid, number)
     said = p.communicate(timeout=60)[1]
-    if number == signal.SIGINT: assert p.returncode == 130 and said == 'error: stopped; run the same command again to go on\n'
+    stopped = 'error: stopped; run the same command again to go on\n'
+    if number == signal.SIGINT: assert p.returncode == 130 and said == stopped
     patience = time.monotonic() + 60
-    while not all(map(gone, helpers)): assert time.monotonic() < patience; time.sleep(.1)
+    while not all(map(gone, helpers)):
+        assert time.monotonic() < patience
+        time.sleep(.1)
     assert kesi_run([*SMALL, '--out', str(tmp_path/'runs')]) == 0
     same(tmp_path/'runs', runs)
 
 
 ONE_OF_EACH_FAMILY = ('resnet20', 'preresnet11', 'wrn_10_1', 'vgg16', 'resnet18')
 
-@pytest.mark.parametrize('method, networks', (('filters', ONE_OF_EACH_FAMILY), ('weights', ONE_OF_EACH_FAMILY[:2]), *(pytest.param(m, NETWORKS, marks=pytest.mark.soak) for m in ('filters', 'weights'))),
-                         ids=('filters', 'weights', 'filters, all', 'weights, all'))
+@pytest.mark.parametrize('method, networks', (
+    pytest.param('filters', ONE_OF_EACH_FAMILY, id='filters'),
+    pytest.param('weights', ONE_OF_EACH_FAMILY[:2], id='weights'),
+    pytest.param('filters', NETWORKS, marks=SOAK, id='filters, all'),
+    pytest.param('weights', NETWORKS, marks=SOAK, id='weights, all')))
 def test_networks_run_end_to_end(tmp_path, method, networks):
     "A handful of batches per stage: one pruning, one epoch of everything, on a few digits."
     driver = Path(__file__).with_name('few_digits.py')
-    done = subprocess.run([sys.executable, str(driver), method, *networks], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    line = [sys.executable, str(driver), method, *networks]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -20,73 +20,107 @@ def test_onnx_answers_like_torch(name, tmp_path):
     net = pruned(name)[1]
     path = deploy.export(net, tmp_path/'n.onnx', SHAPE)
     x = torch.randn(3, *SHAPE)
-    with torch.no_grad(): torch.testing.assert_close(deploy.session(path, 1)(x), net(x), rtol=1e-3, atol=1e-4)
+    with torch.no_grad(): expected = net(x)
+    torch.testing.assert_close(deploy.session(path, 1)(x), expected, rtol=1e-3, atol=1e-4)
     assert [p.name for p in tmp_path.iterdir()] == ['n.onnx']                       # one file
     m = onnx.load(path)
-    assert m.graph.input[0].type.tensor_type.shape.dim[0].dim_param == 'batch' and [d.dim_value for d in m.graph.input[0].type.tensor_type.shape.dim[1:]] == list(SHAPE)
+    batch, *sizes = m.graph.input[0].type.tensor_type.shape.dim
+    assert batch.dim_param == 'batch' and [d.dim_value for d in sizes] == list(SHAPE)
     raw = path.read_bytes()
     assert sys.prefix.encode() not in raw and b'stack_trace' not in raw and b'.py"' not in raw
 
 def test_a_file_of_another_network_is_noticed(tmp_path):
     net = build(Spec('resnet8'), 1)
     path = deploy.export(net, tmp_path/'n.onnx', 16)
-    with pytest.raises(KesiError, match='does not answer like torch'): deploy.agree(build(Spec('resnet8'), 2), path, 16)
+    other = build(Spec('resnet8'), 2)
+    with pytest.raises(KesiError, match='does not answer like torch'):
+        deploy.agree(other, path, 16)
     class Doubting(torch.nn.Module):
         def forward(self, x): return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
-    with pytest.raises(KesiError, match='cannot export Doubting'): deploy.export(_with_weights(Doubting()), tmp_path/'x.onnx', SHAPE)
+    doubting = _with_weights(Doubting())
+    with pytest.raises(KesiError, match='cannot export Doubting'):
+        deploy.export(doubting, tmp_path/'x.onnx', SHAPE)
     assert not (tmp_path/'x.onnx').exists()
 
-def _with_weights(net): net.p = torch.nn.Parameter(torch.zeros(1)); return net
+def _with_weights(net):
+    net.p = torch.nn.Parameter(torch.zeros(1))
+    return net
 
 def test_what_is_missing_or_wrong(monkeypatch, tmp_path):
-    with pytest.raises(UserError, match=r'channels, height, width'): deploy.export(Handmade(), tmp_path/'x.onnx')
+    with pytest.raises(UserError, match=r'channels, height, width'):
+        deploy.export(Handmade(), tmp_path/'x.onnx')
     (tmp_path/'bad.onnx').write_bytes(b'nothing')
     with pytest.raises(UserError, match='not an ONNX file'): deploy.session(tmp_path/'bad.onnx')
-    with pytest.raises(UserError, match='cannot be filled up'): deploy.fastest_widths(Handmade(), SHAPE)
-    for module, call in (('onnxscript', lambda: deploy.to_onnx(build(Spec('resnet8')), 16)), ('onnxruntime', lambda: deploy.session(b''))):
+    with pytest.raises(UserError, match='cannot be filled up'):
+        deploy.fastest_widths(Handmade(), SHAPE)
+    needed_by = {'onnxscript': lambda: deploy.to_onnx(build(Spec('resnet8')), 16),
+                 'onnxruntime': lambda: deploy.session(b'')}
+    for module, call in needed_by.items():
         with monkeypatch.context() as m:
             m.setitem(sys.modules, module, None)
             with pytest.raises(UserError, match=r'pip install -e .\.\[deploy\]'): call()
 
 def test_the_median_is_not_moved_by_a_hiccup(monkeypatch):
-    times = iter([0.] + [t for i in range(400) for t in (float(i), i + (.5 if i == 3 else .002))])
+    ends = [i + (.5 if i == 3 else .002) for i in range(400)]
+    times = iter([0.] + [t for i, end in enumerate(ends) for t in (float(i), end)])
     monkeypatch.setattr(deploy.time, 'perf_counter', lambda: next(times))
     assert 1.9 < deploy.milliseconds(lambda x: x, None, 0.) < 500
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     out = tmp_path_factory.mktemp('deploy')/'runs'
-    r = replace(paper.recipe('digits/resnet8'), seeds=1, iterations=1, epochs=3, retrain_epochs=1, distill_epochs=1, variants=('kesi',))
+    r = replace(paper.recipe('digits/resnet8'), seeds=1, iterations=1, variants=('kesi',),
+                epochs=3, retrain_epochs=1, distill_epochs=1)
     return out, report.write(run(r, out, Runtime(threads=1), say=None))
 
 def test_the_command(runs, tmp_path, capsys):
     out, told = runs
     assert cli.kesi_export([str(out), str(tmp_path/'n.onnx'), '--int8', '--latency']) == 0
     said = capsys.readouterr().out
-    assert 'differs from torch by' in said and 'test accuracy' in said and 'ONNX Runtime, int8' in said
-    found = deploy.onnx_accuracy(tmp_path/'n.onnx', Loader(load('digits'), load('digits').test, 100))
+    for part in ('differs from torch by', 'test accuracy', 'ONNX Runtime, int8'): assert part in said
+    def accuracy(name):
+        return deploy.onnx_accuracy(tmp_path/name, Loader(load('digits'), load('digits').test, 100))
+    found, small = accuracy('n.onnx'), accuracy('n.int8.onnx')
     assert abs(100 * found - told['table'][-1]['accuracy']['mean']) < .3
-    small = deploy.onnx_accuracy(tmp_path/'n.int8.onnx', Loader(load('digits'), load('digits').test, 100))
-    assert abs(found - small) < .1 and (tmp_path/'n.int8.onnx').stat().st_size < .5 * (tmp_path/'n.onnx').stat().st_size
+    size, small_size = (tmp_path.joinpath(n).stat().st_size for n in ('n.onnx', 'n.int8.onnx'))
+    assert abs(found - small) < .1 and small_size < .5 * size
 
 def test_the_command_on_a_stranger_and_on_mistakes(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     path = save(pruned('handmade')[1], tmp_path/'h.safetensors', Handmade, SHAPE)
-    assert cli.kesi_export([str(path), str(tmp_path/'h.onnx'), '--factory', 'strangers:Handmade', '--size', '64']) == 0
+    right = [str(path), str(tmp_path/'h.onnx'), '--factory', 'strangers:Handmade', '--size', '64']
+    assert cli.kesi_export(right) == 0
     capsys.readouterr()
-    for wrong in ([str(tmp_path/'none'), 'x.onnx'], [str(tmp_path), 'x.onnx'], [str(path), 'x.onnx'], [str(path), 'x.onnx', '--factory', 'strangers'], [str(path), 'x.onnx', '--factory', 'strangers:None_'],
-                  [str(path), 'x.onnx', '--factory', 'strangers:Handmade'], [str(runs[0]), 'x.onnx', '--size', '0'], [str(runs[0]), str(tmp_path/'y.onnx'), '--int8', '--data', 'nothing']):
+    for wrong in ([str(tmp_path/'none'), 'x.onnx'],
+                  [str(tmp_path), 'x.onnx'],
+                  [str(path), 'x.onnx'],
+                  [str(path), 'x.onnx', '--factory', 'strangers'],
+                  [str(path), 'x.onnx', '--factory', 'strangers:None_'],
+                  [str(path), 'x.onnx', '--factory', 'strangers:Handmade'],
+                  [str(runs[0]), 'x.onnx', '--size', '0'],
+                  [str(runs[0]), str(tmp_path/'y.onnx'), '--int8', '--data', 'nothing']):
         assert cli.kesi_export(wrong) == 2, wrong
         err = capsys.readouterr().err
         assert err.startswith('error: ') and err.count('\n') == 1, err
 
 def test_the_card(runs):
     text = deploy.card(runs[1], licence='CC0')
-    for part in ('# resnet8, pruned', '## Results', 'one seed', '## Data', '`digits`', '## Licence\n\nCC0', '## Limits', 'Test accuracy'): assert part in text, part
+    parts = ('# resnet8, pruned', '## Results', 'one seed', '## Data', '`digits`',
+             '## Licence\n\nCC0', '## Limits', 'Test accuracy')
+    for part in parts: assert part in text, part
     assert f'{runs[1]["table"][-1]["params"]:,}' in text and str(runs[0]) not in text
 
+LAZILY = '''
+import sys, kesi.paper
+assert "torch" not in sys.modules
+import kesi
+assert callable(kesi.compress) and callable(kesi.export) and "share" in dir(kesi)
+try: kesi.nothing
+except AttributeError as e: print(e)
+'''
+
 def test_what_kesi_offers_lazily():
-    code = 'import sys, kesi.paper; assert "torch" not in sys.modules; import kesi; assert callable(kesi.compress) and callable(kesi.export) and "share" in dir(kesi)\ntry: kesi.nothing\nexcept AttributeError as e: print(e)'
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    line = [sys.executable, '-W', 'ignore', '-c', LAZILY]
+    done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0 and "no attribute 'nothing'" in done.stdout, done.stderr
     assert kesi.load is not None

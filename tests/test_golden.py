@@ -49,14 +49,30 @@ def test_params_and_macs_of_each_pruning(networks, arch):
 
 # The table of counts, for all seven networks
 
-COUNTS = {  # network: classes, image size, params after 0..5 prunings, MACs in M before and after five, share of MACs saved in %, as printed
-    'resnet56': (10, 32, (853018, 654450, 513598, 417760, 340398, 283816), ('125.49', '51.09'), '59.28'),
-    'resnet110': (10, 32, (1727962, 1256960, 923318, 697592, 516032, 383534), ('252.89', '86.19'), '65.92'),
-    'preresnet164': (10, 32, (1703258, 1091779, 741590, 541579, 402771, 313620), ('247.65', '67.62'), '72.69'),
-    'wrn_16_8': (10, 32, (10961370, 8010654, 5894362, 4378574, 3277770, 2479022), ('1548.15', '547.51'), '64.63'),
-    'vgg16': (10, 32, (14987722, 9455098, 6273310, 4431289, 3355802, 2714694), ('313.46', '170.6'), '45.58'),
-    'resnet18': (200, 224, (11279112, 8306624, 6171300, 4636912, 3520248, 2708380), ('1813.66', '826.61'), '54.4'),
-    'resnet34': (200, 224, (21387272, 15968298, 12019122, 9127208, 6990660, 5404362), ('3663.35', '1558.63'), '57.5')}
+# network: classes, image size, params after 0..5 prunings,
+# MACs in M before and after five, share of MACs saved in %, as printed
+COUNTS = {
+    'resnet56': (
+        10, 32, (853018, 654450, 513598, 417760, 340398, 283816),
+        ('125.49', '51.09'), '59.28'),
+    'resnet110': (
+        10, 32, (1727962, 1256960, 923318, 697592, 516032, 383534),
+        ('252.89', '86.19'), '65.92'),
+    'preresnet164': (
+        10, 32, (1703258, 1091779, 741590, 541579, 402771, 313620),
+        ('247.65', '67.62'), '72.69'),
+    'wrn_16_8': (
+        10, 32, (10961370, 8010654, 5894362, 4378574, 3277770, 2479022),
+        ('1548.15', '547.51'), '64.63'),
+    'vgg16': (
+        10, 32, (14987722, 9455098, 6273310, 4431289, 3355802, 2714694),
+        ('313.46', '170.6'), '45.58'),
+    'resnet18': (
+        200, 224, (11279112, 8306624, 6171300, 4636912, 3520248, 2708380),
+        ('1813.66', '826.61'), '54.4'),
+    'resnet34': (
+        200, 224, (21387272, 15968298, 12019122, 9127208, 6990660, 5404362),
+        ('3663.35', '1558.63'), '57.5')}
 
 @pytest.mark.parametrize('arch', COUNTS)
 def test_counts(arch):
@@ -77,7 +93,8 @@ def test_the_table_is_complete(): assert set(COUNTS) == set(authors.ARCHS)
 @pytest.mark.parametrize('with_cfg', (True, False))
 @pytest.mark.parametrize('arch', authors.ARCHS)
 def test_files(tmp_path, arch, with_cfg, prefix):
-    net, facts = from_authors(authors.write(tmp_path / 'net.pth.tar', arch, with_cfg, prefix), arch), authors.facts(arch)
+    path, facts = tmp_path / 'net.pth.tar', authors.facts(arch)
+    net = from_authors(authors.write(path, arch, with_cfg, prefix), arch)
     assert not net.training and all(p.requires_grad for p in net.parameters())
     assert net.spec == Spec(arch, num_classes=200 if arch in ('resnet18', 'resnet34') else 10)
     found, expected = net.state_dict(), authors.state_dict(arch)
@@ -92,18 +109,26 @@ def test_files_of_pruned_networks(tmp_path, networks, arch):
         torch.save({'state_dict': net.state_dict(), **cfg}, tmp_path / 'pruned.pth.tar')
         again = from_authors(tmp_path / 'pruned.pth.tar', arch)
         assert again.spec == net.spec
-        for a, b in zip(again.state_dict().values(), net.state_dict().values(), strict=True): assert torch.equal(a, b)
+        pairs = zip(again.state_dict().values(), net.state_dict().values(), strict=True)
+        for a, b in pairs: assert torch.equal(a, b)
 
 # The networks themselves, against code that shares nothing with ours
 
-def norm(s, n, x): return F.batch_norm(x, s[f'{n}.running_mean'], s[f'{n}.running_var'], s[f'{n}.weight'], s[f'{n}.bias'], eps=1e-5)
+def norm(s, n, x):
+    parts = (s[f'{n}.{p}'] for p in ('running_mean', 'running_var', 'weight', 'bias'))
+    return F.batch_norm(x, *parts, eps=1e-5)
+
 def act(s, n, x): return F.relu(norm(s, n, x))
-def blocks(s, pattern, stages): return [p for i in range(1, stages + 1) for b in range(99) if f'{(p := pattern.format(i, b))}.conv1.weight' in s]
+def blocks(s, pattern, stages):
+    named = [pattern.format(i, b) for i in range(1, stages + 1) for b in range(99)]
+    return [p for p in named if f'{p}.conv1.weight' in s]
+
 def stride(p, b): return 2 if b == '0' and p[5] != '1' else 1
 
 def by_hand(arch, s, x):
     if arch in ('resnet18', 'resnet34'):
-        twin = torchvision.models.get_model(arch, num_classes=200).double().eval(); twin.load_state_dict(s)
+        twin = torchvision.models.get_model(arch, num_classes=200).double().eval()
+        twin.load_state_dict(s)
         return twin(x)
     x = F.conv2d(x, s['conv1.weight'], padding=1)
     if arch == 'preresnet164':
@@ -112,7 +137,8 @@ def by_hand(arch, s, x):
             y = F.conv2d(act(s, f'{p}.bn1', x), s[f'{p}.conv1.weight'])
             y = F.conv2d(act(s, f'{p}.bn2', y), s[f'{p}.conv2.weight'], stride=step, padding=1)
             y = F.conv2d(act(s, f'{p}.bn3', y), s[f'{p}.conv3.weight'])
-            x = y + (F.conv2d(x, s[f'{p}.downsample.0.weight'], stride=step) if f'{p}.downsample.0.weight' in s else x)
+            short = f'{p}.downsample.0.weight'
+            x = y + (F.conv2d(x, s[short], stride=step) if short in s else x)
         x = act(s, 'bn', x)
     elif arch == 'wrn_16_8':
         for p in blocks(s, 'block{}.layer.{}', 3):
@@ -128,7 +154,9 @@ def by_hand(arch, s, x):
             step = stride(p, p.split('.')[1])
             y = act(s, f'{p}.bn1', F.conv2d(x, s[f'{p}.conv1.weight'], stride=step, padding=1))
             y = norm(s, f'{p}.bn2', F.conv2d(y, s[f'{p}.conv2.weight'], padding=1))
-            if step == 2: x = torch.cat([F.avg_pool2d(x, 2), torch.zeros_like(F.avg_pool2d(x, 2))], 1)
+            if step == 2:
+                x = F.avg_pool2d(x, 2)
+                x = torch.cat([x, torch.zeros_like(x)], 1)
             x = F.relu(x + y)
     return F.linear(F.avg_pool2d(x, 8).flatten(1), s['fc.weight'], s['fc.bias'])
 
@@ -157,6 +185,7 @@ def test_bottlenecks_are_ranked_on_their_full_input(networks):
         best = lambda v: set(np.argsort(v.sum((1, 2, 3)))[len(v) - len(k):].tolist())
         assert set(k.tolist()) == best(w), u.conv
         if u.conv.endswith('conv2') and rates[u.width] > 0:
-            full += len(k); cut += len(set(k.tolist()) - best(w[:, previous]))
+            full += len(k)
+            cut += len(set(k.tolist()) - best(w[:, previous]))
         previous = k.numpy()
     assert 0 < cut < full / 5                                               # ranking after the cut would keep other filters

@@ -1,4 +1,4 @@
-"For any network, plan and seed: cutting equals silencing, the spec rebuilds it, a file brings it back."
+"For any network, plan and seed: cutting equals silencing, spec and file bring it back."
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -8,18 +8,25 @@ from torch.testing import assert_close
 from kesi import paper
 from kesi.macs import count
 from kesi.models import Spec, build, load, read_spec, save
-from kesi.pruning import cost_of, keep_filters, narrow, prune_filters, prune_weights, rates_for, sparsity, widen, zero_filters
+from kesi.pruning import (cost_of, keep_filters, narrow, prune_filters, prune_weights, rates_for,
+                          sparsity, widen, zero_filters)
 from kesi.runtime import generator
 
-SMALL = ('resnet8', 'resnet14', 'preresnet11', 'preresnet20', 'wrn_10_1', 'wrn_10_2', 'wrn_16_1', 'vgg16', 'resnet18', 'resnet34')
-quick = lambda n: settings(max_examples=n, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+SMALL = ('resnet8', 'resnet14', 'preresnet11', 'preresnet20', 'wrn_10_1', 'wrn_10_2', 'wrn_16_1',
+         'vgg16', 'resnet18', 'resnet34')
+
+def quick(n):
+    return settings(max_examples=n, deadline=None, derandomize=True,
+                    suppress_health_check=list(HealthCheck))
 
 @st.composite
 def specs(draw, archs=SMALL):
-    "A spec of a small network: widths from 1 to 12 (VGG's and ResNet-18's full ones would be slow)."
+    "A spec of a small network: widths from 1 to 12 (VGG's and ResNet-18's full ones are slow)."
     arch = draw(st.sampled_from(archs))
-    widths = draw(st.lists(st.integers(1, 12), min_size=(n := len(paper.full_widths(arch))), max_size=n))
-    return Spec(arch, tuple(widths), num_classes=draw(st.integers(1, 5)), in_channels=draw(st.integers(1, 4)))
+    n = len(paper.full_widths(arch))
+    widths = draw(st.lists(st.integers(1, 12), min_size=n, max_size=n))
+    classes, channels = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    return Spec(arch, tuple(widths), num_classes=classes, in_channels=channels)
 
 @st.composite
 def plans(draw, spec):
@@ -32,13 +39,16 @@ def plans(draw, spec):
     return tuple(draw(rate(min(spec.widths[i:i + n]))) for i, n in zip(starts, stages))
 
 def shaken(spec, seed):
-    "A network in double precision, in evaluation mode, with norms that are nowhere at their initial values."
+    "A network in double precision, for evaluation, with norms away from their initial values."
     net, g = build(spec, seed).double().eval(), generator('shaken', seed)
     for t in net.state_dict().values():
         if t.ndim == 1: t.copy_(torch.rand(t.shape, generator=g, dtype=t.dtype) + .5)
     return net
 
-def images(spec, seed, size): return torch.randn(2, spec.in_channels, size, size, dtype=torch.float64, generator=generator('images', seed))
+def images(spec, seed, size):
+    shape = 2, spec.in_channels, size, size
+    return torch.randn(shape, dtype=torch.float64, generator=generator('images', seed))
+
 def same(a, b): assert_close(a, b, rtol=0, atol=1e-10 * max(1., b.abs().max().item()))
 
 @quick(50)
@@ -50,8 +60,10 @@ def test_pruned_equals_zeroed_and_can_be_saved(data, spec, seed, size):
     keep, small = keep_filters(net, rates), prune_filters(net, rates)
     logits = small(x)
     same(logits, zero_filters(net, keep)(x))
-    assert small.spec == replace(spec, widths=paper.shrink(spec.widths, paper.expand(spec.arch, rates)))
-    for n, t in net.state_dict().items(): assert torch.equal(t, before[n]), f'{n} of the big network was changed'
+    widths = paper.shrink(spec.widths, paper.expand(spec.arch, rates))
+    assert small.spec == replace(spec, widths=widths)
+    for n, t in net.state_dict().items():
+        assert torch.equal(t, before[n]), f'{n} of the big network was changed'
     rebuilt = build(small.spec).double().eval()
     rebuilt.load_state_dict(small.state_dict())
     assert torch.equal(rebuilt(x), logits)
@@ -65,16 +77,18 @@ def test_pruned_equals_zeroed_and_can_be_saved(data, spec, seed, size):
 @given(st.data(), specs(), st.integers(0, 2**32))
 @torch.no_grad()
 def test_any_choice_of_filters(data, spec, seed):
-    "Not only the l1 choice: any filters may be kept, units of one width keep different ones, and widening brings them back."
+    "Any filters may be kept, other ones in units of one width; widening brings them back."
     net, x = shaken(spec, seed), images(spec, seed, 16)
     counts, g = [data.draw(st.integers(1, w)) for w in spec.widths], generator('keep', seed)
-    keep = [torch.randperm(spec.widths[u.width], generator=g)[:counts[u.width]].sort().values for u in net.units()]
+    def some(width): return torch.randperm(spec.widths[width], generator=g)[:counts[width]]
+    keep = [some(u.width).sort().values for u in net.units()]
     small = narrow(net, keep)
     assert small.spec.widths == tuple(counts)
     same(small(x), zero_filters(net, keep)(x))
     back = widen(small, spec.widths, keep)
     same(back(x), small(x))
-    for a, b in zip(narrow(back, keep).state_dict().values(), small.state_dict().values(), strict=True): assert torch.equal(a, b)
+    again = narrow(back, keep).state_dict().values()
+    for a, b in zip(again, small.state_dict().values(), strict=True): assert torch.equal(a, b)
 
 @quick(30)
 @given(specs(), st.integers(0, 2**32), st.integers(2, 4))
@@ -97,15 +111,18 @@ def test_weight_pruning(spec, seed, share):
     sparse = prune_weights(net, share)
     total = sum(m.weight.numel() for m in net.modules() if isinstance(m, torch.nn.Conv2d))
     assert sparse.spec == spec and round(sparsity(sparse) * total) == int(total * share)
-    assert round(sparsity(prune_weights(sparse, share)) * total) == int(total * share)      # the zeros are the smallest weights next time
+    again = prune_weights(sparse, share)                  # the zeros are the smallest weights now
+    assert round(sparsity(again) * total) == int(total * share)
 
 @quick(15)
 @given(specs(), st.sampled_from((16, 20)))
 def test_exact_costs(spec, size):
     "The cost that is computed from widths is the one that is counted."
-    whole = Spec(spec.arch, num_classes=spec.num_classes, in_channels=spec.in_channels) if spec.arch not in ('vgg16', 'resnet18', 'resnet34') else replace(spec, widths=tuple(w + 3 for w in spec.widths))
-    c = count(spec, size)
-    assert (cost_of(whole, size, 'macs')(spec.widths), cost_of(whole, size, 'params')(spec.widths)) == (c.macs, c.params)
+    is_wide = spec.arch in ('vgg16', 'resnet18', 'resnet34')      # their full widths would be slow
+    widths = tuple(w + 3 for w in spec.widths) if is_wide else paper.full_widths(spec.arch)
+    whole, c = replace(spec, widths=widths), count(spec, size)
+    for of in ('macs', 'params'):
+        assert cost_of(whole, size, of)(spec.widths) == getattr(c, of)
 
 @pytest.mark.parametrize('target', ({'macs': .6}, {'macs': .9}, {'params': .6}))
 @pytest.mark.parametrize('arch', ('resnet20', 'preresnet29', 'wrn_16_2', 'vgg16', 'resnet18'))

@@ -1,4 +1,4 @@
-"What must hold for the repository as a whole: sources and what falls out of them are in step, and the notebooks are fit to be read."
+"The repository as a whole: what is exported is in step, and the notebooks are fit to be read."
 import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
@@ -9,38 +9,67 @@ MACHINE_PATH = re.compile(r'(/root/|/work/|/tmp/|/home/\w+/|/Users/\w+/)')
 
 
 def source(cell): return ''.join(cell['source'])
-def code_cells(nb): return [c for c in nb['cells'] if c['cell_type'] == 'code' and source(c).strip()]
-def shown(cell): return not re.search(r'^#\|\s*(hide|default_exp|export|eval:\s*false)', source(cell), re.M)
+def is_code(cell): return cell['cell_type'] == 'code' and source(cell).strip()
+def code_cells(nb): return [c for c in nb['cells'] if is_code(c)]
+
+
+def shown(cell):
+    unshown = r'^#\|\s*(hide|default_exp|export|eval:\s*false)'
+    return not re.search(unshown, source(cell), re.M)
 
 
 def printed(output):
     data = output.get('data', {})
-    return json.dumps([output.get('text'), data.get('text/plain'), data.get('text/html'), data.get('text/markdown')])
+    kinds = ('text/plain', 'text/html', 'text/markdown')
+    return json.dumps([output.get('text'), *map(data.get, kinds)])
 
+
+NO_PICTURE = 'a figure without its picture; put %matplotlib inline into the first cell'
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_is_fit_to_be_read(path):
     nb = json.loads(path.read_text())
     outputs = [o for c in code_cells(nb) for o in c['outputs']]
-    if any(map(shown, code_cells(nb))): assert outputs, 'committed without outputs; run `make notebooks`'
+    if any(map(shown, code_cells(nb))):
+        assert outputs, 'committed without outputs; run `make notebooks`'
     for o in outputs:
         assert o['output_type'] != 'error'
         assert o.get('name') != 'stderr', printed(o)
         assert 'Warning' not in printed(o)
         assert not MACHINE_PATH.search(printed(o)), printed(o)
-        if '<Figure size' in printed(o): assert 'image/png' in o['data'], 'a figure without its picture; put %matplotlib inline into the first cell'
+        if '<Figure size' in printed(o): assert 'image/png' in o['data'], NO_PICTURE
     assert path.stat().st_size < 1_500_000
-    for c in code_cells(nb): assert source(c).count('\n') < 45 or 'code-fold: true' in source(c), source(c)[:200]
+    for c in code_cells(nb):
+        is_folded = 'code-fold: true' in source(c)
+        assert source(c).count('\n') < 45 or is_folded, source(c)[:200]
+
+
+# Pages whose lines are still to be mended. A page may only leave this set.
+TOO_WIDE = {'08_kesi', 'report', 'scale', 'studies', 'slurm'}
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_lines_fit_the_page(path):
+    cells = code_cells(json.loads(path.read_text()))
+    lines = [line for c in cells for line in source(c).split('\n')]
+    long = [line for line in lines if len(line) > 100]
+    assert bool(long) == (path.stem in TOO_WIDE), f'{len(long)} lines are longer, first {long[:1]}'
 
 
 def test_package_is_in_step_with_notebooks(tmp_path):
     "Exporting again changes nothing."
-    for name in ('nbs', 'kesi'): shutil.copytree(ROOT/name, tmp_path/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
-    for name in ('settings.ini', 'setup.py', 'pyproject.toml'): shutil.copy(ROOT/name, tmp_path/name)
-    subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'],
-                   cwd=tmp_path, check=True, capture_output=True, env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    debris = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints')
+    for name in ('nbs', 'kesi'): shutil.copytree(ROOT/name, tmp_path/name, ignore=debris)
+    for name in ('settings.ini', 'setup.py', 'pyproject.toml'):
+        shutil.copy(ROOT/name, tmp_path/name)
+    code = 'from nbdev.doclinks import nbdev_export; nbdev_export()'
+    env = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    line = [sys.executable, '-c', code]
+    subprocess.run(line, cwd=tmp_path, check=True, capture_output=True, env=env)
     for p in sorted((ROOT/'kesi').glob('*.py')):
-        assert (tmp_path/'kesi'/p.name).read_text() == p.read_text(), f'{p.name} is not what the notebooks export; run nbdev_export'
+        exported = (tmp_path/'kesi'/p.name).read_text()
+        stale = f'{p.name} is not what the notebooks export; run nbdev_export'
+        assert exported == p.read_text(), stale
 
 
 STAIRCASE = ('paper', 'runtime', 'data', 'models', 'macs', 'pruning', 'schedules', 'training',
@@ -81,13 +110,15 @@ sys.exit(", ".join(failed + [n for n in sys.argv[1:] if n != "paper" and alone(n
 
 def test_exported_modules_stand_alone():
     "Every module imports without nbdev and without the others; `kesi.paper` without torch."
-    done = subprocess.run([sys.executable, '-W', 'error::SyntaxWarning', '-c', ALONE, *modules()], cwd=ROOT, capture_output=True, text=True)
+    line = [sys.executable, '-W', 'error::SyntaxWarning', '-c', ALONE, *modules()]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_no_page_installs_a_stranger():
     "The index of packages has another project of our name: extras are installed from a clone."
-    listed = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True, check=True)
+    line = ['git', 'ls-files', '-z']
+    listed = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
     asked = re.compile(r'pip3? install (?:-[-\w=]+ )*[\'"]?kesi\b')
     texts = {'.py', '.ipynb', '.md', '.ini', '.toml', '.yml', '.sh', '.html', '.js', '.json', ''}
     names = [n for n in listed.stdout.split('\0') if n and Path(n).suffix in texts]
@@ -101,6 +132,8 @@ def test_users_may_have_any_fastcore():
     import configparser, shlex
     settings = configparser.ConfigParser(delimiters=['='], interpolation=None)
     settings.read(ROOT/'settings.ini', encoding='utf-8')
-    lists = {n: shlex.split(v) for n, v in settings['DEFAULT'].items() if n.endswith('requirements')}
-    bounded = {n for n, words in lists.items() for w in words if w.startswith('fastcore') and w != 'fastcore'}
+    everything = settings['DEFAULT'].items()
+    lists = {n: shlex.split(v) for n, v in everything if n.endswith('requirements')}
+    is_bounded = lambda word: word.startswith('fastcore') and word != 'fastcore'
+    bounded = {n for n, words in lists.items() if any(map(is_bounded, words))}
     assert 'fastcore' in lists['requirements'] and bounded == {'dev_requirements'}

@@ -1,4 +1,4 @@
-"The command `kesi_study`: what is wrong is said in one line, before anything is computed or written."
+"The command `kesi_study`: what is wrong is said in one line, before anything is written."
 import pytest
 from kesi import studies
 
@@ -19,5 +19,6 @@ def test_bad_lines(tmp_path, capsys, argv, said):
     try: code = studies.kesi_study([*argv, '--out', str(tmp_path/'runs')])
     except SystemExit as e: code = e.code
     out = capsys.readouterr()
-    assert code == 2 and said in out.err and out.err.startswith('error: ') and out.err.count('\n') == 1 and not out.out
+    is_one_line = out.err.startswith('error: ') and out.err.count('\n') == 1
+    assert code == 2 and said in out.err and is_one_line and not out.out
     assert not (tmp_path/'runs').exists()

@@ -19,8 +19,9 @@ from .data import Dataset
 from .macs import count
 from .models import Network, load as load_network, save
 from .paper import VARIANTS, UserError
-from .runtime import (TEMPORARY, Busy, DamagedFile, Diverged, KesiError, Runtime, StoreError, describe, digest,
-                          forsaken, is_held, locked, sha256, sync_folder, temporary, write_atomic, write_json)
+from .runtime import (TEMPORARY, Busy, DamagedFile, Diverged, KesiError, Runtime, StoreError,
+                          describe, digest, forsaken, is_held, locked, sha256, sync_folder,
+                          temporary, write_atomic, write_json)
 from .training import answers, measured_batches
 
 # %% ../nbs/engine/store.ipynb #7a0e0007
@@ -47,7 +48,7 @@ def urgency(stages: dict, cost: dict) -> dict: # key → cost
     return found
 
 def by_urgency(stages: list, cost: dict) -> list:
-    "The stages in the order that keeps several processes busy to the end; parents stay before their children."
+    "The order that keeps several processes busy to the end; parents stay before their children."
     urgent = urgency({s.key: s for s in stages}, cost)
     return sorted(stages, key=lambda s: -urgent[s.key])
 
@@ -66,7 +67,7 @@ def _intact(value: dict) -> bool:
     except UserError: return False                            # NaN: equal to nothing
     return value.get('sha256') == own
 
-# %% ../nbs/engine/store.ipynb #a06c14dd
+# %% ../nbs/engine/store.ipynb #7a0e0013
 class Store:
     "A folder of finished stages."
     def __init__(self, root,          # the folder; made where it is missing
@@ -80,36 +81,46 @@ class Store:
                 raise StoreError(f'cannot write into {str(root)!r}: {e}') from e
             raise UserError(f'{str(root)!r} cannot be used as a run folder: {e}') from e
         if schema != SCHEMA:
-            raise UserError(f'{str(root)!r} is a run folder of another version of kesi (schema {schema}; '
-                            f'this one reads and writes {SCHEMA}); choose another folder with --out')
+            raise UserError(f'{str(root)!r} is a run folder of another version of kesi '
+                            f'(schema {schema}; this one reads and writes {SCHEMA}); '
+                            'choose another folder with --out')
         if sweep: self.sweep()
 
     def _schema(self, mark):
-        "The schema that the folder's mark names; a new mark where there is none, or none that can be read."
+        "The schema that the folder's mark names; a new mark where none can be read."
         if mark.exists():
             try:
                 found = json.loads(mark.read_text(encoding='utf-8'))
-                if 'sha256' not in found or _intact(found): return found.get('schema')     # old marks have no checksum
+                old = 'sha256' not in found
+                if old or _intact(found): return found.get('schema')
                 self.set_aside(mark, f'{str(mark)!r} does not match its checksum')
             except (ValueError, AttributeError, TypeError, RecursionError, IsADirectoryError):
                 self.set_aside(mark, f'{str(mark)!r} is not readable')
         write_json(mark, _sealed({'schema': SCHEMA, 'what': 'a run folder of kesi'}))
         return SCHEMA
 
-    def path(self, stage) -> Path: return self.root/stage.folder
-    def work(self, stage) -> Path: return self.root/f'.{stage.folder}.partial'
-    def lock(self, name) -> Path: return self.root/'.locks'/f'{name}.lock'
+# %% ../nbs/engine/store.ipynb #7a0e0016
+@patch
+def path(self: Store, stage) -> Path: return self.root/stage.folder
 
-    def set_aside(self, path, why):
-        "Move a file or folder into `damaged`; nothing of it is lost."
-        aside = self.root/'damaged'/f'{path.name.lstrip(".")}-{time.time_ns()}'
-        try:
-            aside.parent.mkdir(exist_ok=True)
-            os.rename(path, aside)
-        except FileNotFoundError: return                       # somebody else was faster
-        except OSError as e:
-            raise StoreError(f'{why}; and it cannot be moved to {str(aside)!r}: {e.strerror}') from e
-        self.say(f'{why}; it is set aside in {aside} and made again')
+@patch
+def work(self: Store, stage) -> Path: return self.root/f'.{stage.folder}.partial'
+
+@patch
+def lock(self: Store, name) -> Path: return self.root/'.locks'/f'{name}.lock'
+
+@patch
+def set_aside(self: Store, path, why):
+    "Move a file or folder into `damaged`; nothing of it is lost."
+    aside = self.root/'damaged'/f'{path.name.lstrip(".")}-{time.time_ns()}'
+    try:
+        aside.parent.mkdir(exist_ok=True)
+        os.rename(path, aside)
+    except FileNotFoundError: return                       # somebody else was faster
+    except OSError as e:
+        where = f'it cannot be moved to {str(aside)!r}'
+        raise StoreError(f'{why}; and {where}: {e.strerror}') from e
+    self.say(f'{why}; it is set aside in {aside} and made again')
 
 # %% ../nbs/engine/store.ipynb #5edf84e7
 def _read_json(path):
@@ -118,19 +129,21 @@ def _read_json(path):
         raise DamagedFile(f'{str(path.parent)!r} has no readable {path.stem}: {e}') from e
 
 def read_manifest(folder) -> dict:
-    "A stage's manifest after checking it and every file that it names; `DamagedFile` where something is wrong."
+    "A stage's manifest, checked with every file that it names; else a `DamagedFile`."
     folder = Path(folder)
     m, where = _read_json(folder/'manifest.json'), repr(str(folder))
     if not isinstance(m, dict) or not isinstance(m.get('schema'), int):
         raise DamagedFile(f'{where}: the manifest is not one of kesi')
     if not _intact(m): raise DamagedFile(f'{where}: the manifest does not match its own checksum')
     if m['schema'] > SCHEMA:
-        raise StoreError(f'{where} was written by a newer kesi (schema {m["schema"]}; this one reads up to {SCHEMA}); '
-                         'update kesi, choose another folder with --out, or move this one away')
+        raise StoreError(f'{where} was written by a newer kesi (schema {m["schema"]}; this one '
+                         f'reads up to {SCHEMA}); update kesi, choose another folder with --out, '
+                         'or move this one away')
     if not isinstance(m.get('files'), dict) or not set(_FILES) <= set(m['files']):
         raise DamagedFile(f'{where}: the manifest is not complete')
-    for name, sum_ in m['files'].items():
-        if sha256(folder/name) != sum_: raise DamagedFile(f'{str(folder/name)!r} does not match its checksum')
+    for name, expected in m['files'].items():
+        if sha256(folder/name) != expected:
+            raise DamagedFile(f'{str(folder/name)!r} does not match its checksum')
     own = f'{m["kind"]}-{m["key"]}'
     if folder.name != own: raise DamagedFile(f'{where} holds another stage, {own}; was it renamed?')
     return m
@@ -139,7 +152,7 @@ def read_manifest(folder) -> dict:
 def manifest(self: Store, stage,
              mend: bool = True,  # set a damaged stage aside?
             ) -> dict | None:    # None if the stage is not there, or damaged
-    "The verified manifest of a stage. A damaged stage is named, set aside and reported as not there."
+    "The verified manifest of a stage. A damaged stage is set aside, and counts as not there."
     path = self.path(stage)
     if not os.path.lexists(path): return None
     if stage.key in self._seen: return self._seen[stage.key]
@@ -157,7 +170,7 @@ def network(self: Store, stage) -> Network:
 
 @patch
 def keep(self: Store, net, path):
-    "Write a network to a file; stores of other networks have their own way (the chapter on any network)."
+    "Write a network to a file; stores of other networks have their own way."
     save(net, path)
 
 # %% ../nbs/engine/store.ipynb #e4213ac3
@@ -195,8 +208,9 @@ def finish(self: Store, stage, net, history, data, rt, seconds):
         os.rename(new, self.path(stage))
     except (OSError, KesiError) as e:
         shutil.rmtree(new, ignore_errors=True)
-        if self.manifest(stage): return                  # somebody else finished the same stage; its content is the same
-        if isinstance(e, OSError): raise StoreError(f'cannot finish {str(self.path(stage))!r}: {e.strerror}') from e
+        if self.manifest(stage): return        # somebody else finished it, with the same content
+        if isinstance(e, OSError):
+            raise StoreError(f'cannot finish {str(self.path(stage))!r}: {e.strerror}') from e
         raise
     sync_folder(self.root)
 
@@ -222,7 +236,7 @@ def _hidden(root):
     for name in _WRITTEN: yield from (root/name).rglob('.*')
 
 def leftovers(root) -> list[Path]:
-    "What killed processes left: temporary files and folders that nobody works on, checkpoints of finished stages."
+    "What killed processes left: what nobody works on any more, and checkpoints of finished stages."
     root, found = Path(root), []
     for p in sorted(_hidden(root)):
         name, begun = TEMPORARY.fullmatch(p.name), p.name.endswith('.partial')
@@ -252,7 +266,9 @@ def ensure(self: Store,
            on_stage=None,       # called with (stage, manifest) after a stage was computed
            wait=True,           # for another process that works on it? else `Busy` is raised
           ) -> dict:            # the stage's manifest
-    "Have a stage finished, computing whatever is missing. Of several processes that train together the main one looks, locks and writes; all compute."
+    """Have a stage finished, computing whatever is missing.
+
+    Of several processes that train together the main one looks, locks and writes; all compute."""
     def look(): return self.manifest(stage, mend=False), not self.work(stage).exists()
     m, clean = rt.from_main(look)
     if m and clean: return m
@@ -263,22 +279,24 @@ def ensure(self: Store,
         if computed := not m:
             self._compute(stage, data, rt, on_epoch)
             m = rt.from_main(lambda: self.manifest(stage))
-        if held: self.tidy(stage.folder)                 # without locks somebody may still work there
+        if held: self.tidy(stage.folder)       # without locks somebody may still work there
     if not m:
         raise DamagedFile(f'{str(self.path(stage))!r} was damaged as soon as it was written; '
                           'is the disk sound, or did another program write there?')
     if computed and on_stage and rt.rank == 0: on_stage(stage, m)
     return m
 
-# %% ../nbs/engine/store.ipynb #80755dbf
+# %% ../nbs/engine/store.ipynb #7a0e0014
 @patch
-def _lock(self: Store, stage, wait): return locked(self.lock(stage.folder), stage.folder, self.say, wait)
+def _lock(self: Store, stage, wait):
+    return locked(self.lock(stage.folder), stage.folder, self.say, wait)
 
 @patch
 def _compute(self: Store, stage, data, rt, on_epoch):
     work, begun = self.work(stage), time.perf_counter()
     def clear():
-        if os.path.lexists(work) and not work.is_dir(): self.set_aside(work, f'{str(work)!r} is no folder')
+        if os.path.lexists(work) and not work.is_dir():
+            self.set_aside(work, f'{str(work)!r} is no folder')
     def finish(): self.finish(stage, net, history, data, rt, time.perf_counter() - begun)
     rt.from_main(clear)
     how = {}
@@ -298,11 +316,11 @@ def ensure_all(self: Store,
                rt: Runtime,
                on_epoch=None,     # called with (stage, record) after each epoch here
                on_stage=None,     # called with (stage, manifest) after a stage was computed here
-               on_there=None,     # called with (stage, manifest) when a stage is there, whoever computed it
-               idle=None,         # called where all that is left is in other hands; None: wait for the first of it
+               on_there=None,     # called with (stage, manifest) when a stage is there
+               idle=None,         # called where all that is left is in other hands; None: wait
               ):
     "Have all stages finished; other processes may do the same at the same time."
-    left, together = list(stages), rt.processes > 1       # who trains together takes the same steps: none goes ahead
+    left, together = list(stages), rt.processes > 1       # who trains together takes the same steps
     while left:
         for stage in list(left):
             missing = not together and not self.path(stage).exists()
@@ -310,7 +328,7 @@ def ensure_all(self: Store,
             except Busy: continue
             left.remove(stage)
             if on_there and rt.rank == 0: on_there(stage, m)
-            if missing: break                             # begin again: something before may be free now
+            if missing: break                 # begin again: something before may be free now
         else:
             if left: idle() if idle else self.ensure(left[0], data, rt, on_epoch, on_stage)
 
@@ -319,20 +337,22 @@ _ABOUT = ('schema', 'recipe', 'runtime', 'size', 'seeds')
 _ORDER = ('baseline', *VARIANTS)
 
 def read_record(home) -> dict:
-    "What `run.json` in a report's folder says; a `UserError` where it cannot be read, or is none of ours."
+    "What `run.json` in a report's folder says; a `UserError` where it is none of ours."
     path = Path(home)/'run.json'
     try: found = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as e: raise UserError(f'{str(home)!r} holds no run: {e}') from e
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f'{str(home)!r} holds no run: {e}') from e
     if not isinstance(found, dict) or not set(_ABOUT) <= found.keys():
         raise UserError(f'{str(path)!r} was not written by kesi; run the recipe again')
     if found['schema'] != SCHEMA:
-        raise UserError(f'{str(home)!r} was written by another version of kesi (schema {found["schema"]}; '
-                        f'this one reads {SCHEMA})')
+        raise UserError(f'{str(home)!r} was written by another version of kesi '
+                        f'(schema {found["schema"]}; this one reads {SCHEMA})')
     seeds = [s for g in (found['seeds'], *found.get('earlier', ())) for s in g]
     if not all(isinstance(s, dict) and all(isinstance(f, str) for f in s.values()) for s in seeds):
         raise UserError(f'{str(path)!r} was not written by kesi; run the recipe again')
     return found
 
+# %% ../nbs/engine/store.ipynb #7a0e0017
 def _position(name): return _ORDER.index(n) if (n := name.split()[0]) in _ORDER else len(_ORDER)
 
 def _joined(a: dict, b: dict) -> dict:
@@ -350,9 +370,11 @@ def merged(record: dict | None, # what was there
     union = [_joined(a, b) for a, b in itertools.zip_longest(same, seeds, fillvalue={})]
     asked = set(about['recipe']['variants'])
     if record and same is record['seeds']: asked |= set(record['recipe'].get('variants', ()))
-    recipe = {**about['recipe'], 'seeds': len(union), 'variants': [v for v in VARIANTS if v in asked]}
+    variants = [v for v in VARIANTS if v in asked]
+    recipe = {**about['recipe'], 'seeds': len(union), 'variants': variants}
+    both = {'schema': SCHEMA, **about, 'recipe': recipe, 'seeds': union}
     earlier = [old for old in known if old is not same]
-    return {'schema': SCHEMA, **about, 'recipe': recipe, 'seeds': union, **({'earlier': earlier} if earlier else {})}
+    return {**both, 'earlier': earlier} if earlier else both
 
 # %% ../nbs/engine/store.ipynb #7a0e000d
 def _record(self, home):
@@ -379,9 +401,10 @@ def note(self: Store,
 
 # %% ../nbs/engine/store.ipynb #acd558e6
 class Progress:
-    "Where a run is, and how long it will take. Draws a bar on a terminal, and says one line per finished stage."
+    "Where a run is, and how long it will take: a bar on a terminal, a line per finished stage."
     def __init__(self, seeds, r, data, store, say, work, show=True):
-        self.say, self.names, self.work, self.begun, self.done = say, {}, {}, time.perf_counter(), 0.
+        self.say, self.names, self.work = say, {}, {}
+        self.begun, self.done = time.perf_counter(), 0.
         for i, stages in enumerate(seeds):
             self.work.update(work(r, stages, data))
             for n, s in stages.items():
@@ -396,41 +419,50 @@ class Progress:
         self.bar = tqdm(total=100, disable=None if self.left and show else True, leave=False,
                         bar_format='{percentage:3.0f}% |{bar:20}| {desc}')
 
-    def to_go(self) -> str:
-        "Estimated time to go, from the work done so far."
-        if not self.done: return ''
-        s = round((time.perf_counter() - self.begun) * max(self.total - self.done, 0) / self.done)
-        return f'about {s // 60} min {s % 60:02} s to go' if s >= 60 else f'about {s} s to go'
+# %% ../nbs/engine/store.ipynb #7a0e0018
+@patch
+def to_go(self: Progress) -> str:
+    "Estimated time to go, from the work done so far."
+    if not self.done: return ''
+    s = round((time.perf_counter() - self.begun) * max(self.total - self.done, 0) / self.done)
+    return f'about {s // 60} min {s % 60:02} s to go' if s >= 60 else f'about {s} s to go'
 
-    def epoch(self, stage, record):
-        self.done += self.work[stage.key]
-        if stage.key in self.left: self.left[stage.key] -= self.work[stage.key]
-        name, epochs = self.names[stage.key]
-        accuracy = f'{self.measured} {record["test_accuracy"]:.1%} · ' if 'test_accuracy' in record else ''
-        self.bar.n = min(100, 100 * self.done / max(self.total, 1))
-        self.bar.set_description_str(f'{name} · epoch {record["epoch"]}/{epochs} · {accuracy}{self.to_go()}')
+@patch
+def epoch(self: Progress, stage, record):
+    self.done += self.work[stage.key]
+    if stage.key in self.left: self.left[stage.key] -= self.work[stage.key]
+    name, epochs = self.names[stage.key]
+    accuracy = ''
+    if 'test_accuracy' in record: accuracy = f'{self.measured} {record["test_accuracy"]:.1%} · '
+    self.bar.n = min(100, 100 * self.done / max(self.total, 1))
+    where = f'{name} · epoch {record["epoch"]}/{epochs}'
+    self.bar.set_description_str(f'{where} · {accuracy}{self.to_go()}')
 
-    def stage(self, stage, m):
-        "A stage was computed."
-        if stage.key not in self.names: return
-        self.done += self.left.pop(stage.key, 0)          # epochs of other processes
-        if not self.say: return
-        name, found = self.names[stage.key][0], m['metrics']
-        self.bar.clear()
-        self.say(f'{name}: {self.measured} accuracy {found["accuracy"]:.2%}, {found["params"]:,} '
-                 f'parameters · {self.to_go()}')
+@patch
+def stage(self: Progress, stage, m):
+    "A stage was computed."
+    if stage.key not in self.names: return
+    self.done += self.left.pop(stage.key, 0)          # epochs of other processes
+    if not self.say: return
+    found = m['metrics']
+    self.bar.clear()
+    self.say(f'{self.names[stage.key][0]}: {self.measured} accuracy {found["accuracy"]:.2%}, '
+             f'{found["params"]:,} parameters · {self.to_go()}')
 
-    def there(self, stage, m): # news where another process computed it
-        if stage.key in self.left: self.stage(stage, m)
+@patch
+def there(self: Progress, stage, m):
+    "A stage is there; news where another process computed it."
+    if stage.key in self.left: self.stage(stage, m)
 
 # %% ../nbs/engine/store.ipynb #7a0e0011
-_START = ('import pickle, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); '     # the main process ends it
+# Ctrl-C is for the main process, which ends its helpers
+_START = ('import pickle, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); '
           'sys.path[:] = pickle.load(sys.stdin.buffer); from kesi.store import _help; _help()')
 
 def _pause(): time.sleep(.1)
 
 def _help():
-    "The same run, silently, as long as the main process is there. What a helper dies of it says in one line."
+    "The same run, silently, while the main process is there. What ends it is said in one line."
     main, plan, what = pickle.load(sys.stdin.buffer)
     def wanted(*_):
         if os.getppid() != main: os._exit(1)
@@ -444,14 +476,14 @@ def _help():
         print(' '.join(f'{type(e).__name__}: {e}'.split()), flush=True)
         raise SystemExit(1) from e
 
-# %% ../nbs/engine/store.ipynb #7a0e0012
+# %% ../nbs/engine/store.ipynb #7a0e0015
 class Helpers:
-    "Processes that compute stages of the same run; started like a command, so that scripts need no main guard."
+    "Processes that compute stages of the same run; started like a command: no main guard needed."
     def __init__(self, n, plan, *what, say):
-        self.team, self.say = [subprocess.Popen([sys.executable, '-c', _START], stdin=subprocess.PIPE,
-                                                stdout=subprocess.PIPE) for _ in range(n)], say
+        self.say, how = say, dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.team = [subprocess.Popen([sys.executable, '-c', _START], **how) for _ in range(n)]
         for p in self.team:
-            with contextlib.suppress(OSError), p.stdin:               # it may have died already: `tell` says so
+            with contextlib.suppress(OSError), p.stdin:       # may have died: `tell` says so
                 pickle.dump(sys.path, p.stdin)
                 pickle.dump((os.getpid(), plan, what), p.stdin)
 
@@ -460,7 +492,8 @@ class Helpers:
         for p in [p for p in self.team if p.poll()]:
             self.team.remove(p)
             why = p.stdout.read().decode(errors='replace').strip().splitlines()
-            self.say('a helper process ended early: ' + (why[-1] if why else f'exit code {p.returncode}'))
+            why = why[-1] if why else f'exit code {p.returncode}'
+            self.say(f'a helper process ended early: {why}')
 
     def idle(self):
         self.tell()

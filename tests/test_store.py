@@ -1,4 +1,4 @@
-"What a run folder remembers, what is cleared away in it, and who helps: nothing finished is lost or offered for deletion."
+"What a run folder remembers, what is cleared away in it, and who helps."
 import errno, fcntl, json, os, subprocess, sys
 from dataclasses import replace
 import drive, pytest
@@ -17,7 +17,9 @@ def blobs(monkeypatch):
     monkeypatch.setattr(report, '_save', lambda fig, path: None)
 
 
-def unused(out): return [e.path.name for e in scale.inventory(out) if e.what == 'stage' and not e.users]
+def unused(out):
+    return [e.path.name for e in scale.inventory(out) if e.what == 'stage' and not e.users]
+
 def run(out, r, rt=RT): return pipeline.run(r, out, rt, say=None)
 def seeds_of(home): return json.loads((home/'run.json').read_text())['seeds']
 
@@ -53,14 +55,17 @@ def test_other_variants_forget_nothing(tmp_path):
 def test_the_order_of_runs_does_not_matter(tmp_path):
     r = replace(TWO, seeds=1)
     parts = [replace(r, variants=('kesi',)), replace(r, variants=('pfec',))]
-    homes = [[run(tmp_path/n, part) for part in order][-1] for n, order in (('a', parts), ('b', parts[::-1]))]
-    assert homes[0].joinpath('run.json').read_bytes() == homes[1].joinpath('run.json').read_bytes()
+    for part in parts: first = run(tmp_path/'a', part)
+    for part in parts[::-1]: other = run(tmp_path/'b', part)
+    assert (first/'run.json').read_bytes() == (other/'run.json').read_bytes()
 
 
 def test_other_numerics_have_a_folder_of_their_own(tmp_path):
     r = replace(TWO, seeds=1, variants=('pfec',))
-    plain, other = run(tmp_path/'runs', r), run(tmp_path/'runs', r, Runtime(threads=1, precision='bfloat16', pad=4))
-    assert plain.name == pipeline.slug(r).split('/')[1] and other.name == f'{plain.name}-bfloat16-pad4'
+    plain = run(tmp_path/'runs', r)
+    other = run(tmp_path/'runs', r, Runtime(threads=1, precision='bfloat16', pad=4))
+    assert plain == tmp_path/'runs'/'reports'/pipeline.slug(r)
+    assert other.name == f'{plain.name}-bfloat16-pad4'
     assert not unused(tmp_path/'runs')
 
 
@@ -79,7 +84,8 @@ def test_what_is_finished_is_shown(tmp_path):
     home = run(tmp_path/'runs', TWO)
     (tmp_path/'runs'/seeds_of(home)[1]['pfec 1']).rename(tmp_path/'elsewhere')
     found = report.write(home)
-    assert [r['accuracy']['n'] for r in found['table']] == [2, 1, 2, 2, 2] and found['unfinished_seeds'] == 1
+    assert [r['accuracy']['n'] for r in found['table']] == [2, 1, 2, 2, 2]
+    assert found['unfinished_seeds'] == 1
 
 
 NOTE = '''
@@ -89,12 +95,14 @@ from kesi.store import Store
 store, who = Store(sys.argv[1], sweep=False), sys.argv[2]
 for i in range(25):
     name = f'pfec {who}{i}'
-    store.note('reports/x', [{name: Stage(folder=name)}], {'recipe': {'variants': ['pfec']}, 'runtime': {}, 'size': 8})
+    about = {'recipe': {'variants': ['pfec']}, 'runtime': {}, 'size': 8}
+    store.note('reports/x', [{name: Stage(folder=name)}], about)
 '''
 
 def test_noting_at_the_same_time_loses_nothing(tmp_path):
     store.Store(tmp_path/'runs')
-    both = [subprocess.Popen([sys.executable, '-c', NOTE, str(tmp_path/'runs'), who]) for who in 'ab']
+    command = [sys.executable, '-c', NOTE, str(tmp_path/'runs')]
+    both = [subprocess.Popen([*command, who]) for who in 'ab']
     assert [p.wait(120) for p in both] == [0, 0]
     (seed,) = seeds_of(tmp_path/'runs'/'reports'/'x')
     assert set(seed) == {f'pfec {who}{i}' for who in 'ab' for i in range(25)}
@@ -107,9 +115,11 @@ DEAD = '999999999-ab12cd34'
 def debris(out):
     "Everything that a kill can leave behind, in every place where we write."
     home, stage = next(out.rglob('run.json')).parent, next(out.glob('distill-*')).name
-    files = [out/f'.store.json.{DEAD}.tmp', home/f'.run.json.{DEAD}.tmp', home/f'.report.md.{DEAD}.tmp',
-             out/'measured'/f'.lift-0123.json.{DEAD}.tmp', out/'studies'/f'.student-digits.json.{DEAD}.tmp',
-             out/f'.{stage}.{DEAD}.new'/'model.safetensors', out/f'.{stage}.partial'/'checkpoint.safetensors',
+    files = [out/f'.store.json.{DEAD}.tmp', home/f'.run.json.{DEAD}.tmp',
+             home/f'.report.md.{DEAD}.tmp', out/'measured'/f'.lift-0123.json.{DEAD}.tmp',
+             out/'studies'/f'.student-digits.json.{DEAD}.tmp',
+             out/f'.{stage}.{DEAD}.new'/'model.safetensors',
+             out/f'.{stage}.partial'/'checkpoint.safetensors',
              out/f'.{stage}.999999999.removed'/'history.json']
     for p in files:
         p.parent.mkdir(exist_ok=True)
@@ -187,20 +197,22 @@ SCRIPT = '''
 from dataclasses import replace
 from kesi import paper, pipeline
 from kesi.runtime import Runtime
-r = replace(paper.recipe('digits@100/resnet8'), seeds=1, iterations=1, epochs=80, retrain_epochs=1, distill_epochs=1)
+r = replace(paper.recipe('digits@100/resnet8'), seeds=1, iterations=1, epochs=80,
+            retrain_epochs=1, distill_epochs=1)
 pipeline.run(r, {!r}, Runtime(threads=1), jobs=2)
 '''
 
 def test_a_script_without_a_main_guard(tmp_path):
     (tmp_path/'script.py').write_text(SCRIPT.format(str(tmp_path/'runs')))
-    done = subprocess.run([sys.executable, str(tmp_path/'script.py')], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(tmp_path/'script.py')]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
     assert len(list((tmp_path/'runs').glob('*/manifest.json'))) == 5 and 'helper' not in done.stdout
 
 
 def test_what_only_a_helper_meets_is_told():
     said = []
-    helpers = store.Helpers(1, os.path.join, 1, say=said.append)      # fails in the helper alone: 1 is no path
+    helpers = store.Helpers(1, os.path.join, 1, say=said.append)      # 1 is no path
     helpers.team[0].wait(120)
     helpers.tell()
     helpers.tell()

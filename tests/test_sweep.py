@@ -84,10 +84,10 @@ def test_what_is_used_stays(store, tiny):
     baseline, kesi = next(store.glob('baseline-*')), next(store.glob('distill-*'))
     waiting, lost = store/f'.{kesi.name}.partial', store/'.retrain-0123456789ab.partial'
     shutil.rmtree(kesi)
-    for p in (waiting, lost, store/'damaged'/'x', store/f'.{baseline.name}.12-ab.new', store/'mine-notes'): p.mkdir(parents=True); (p/'file').write_text('x')
+    for p in (waiting, lost, store/'damaged'/'x', store/f'.{baseline.name}.999999999-ab.new', store/'mine-notes'): p.mkdir(parents=True); (p/'file').write_text('x')
     (store/'.locks'/'retrain-0123456789ab.lock').touch()
     gone = {e.path.name for e in scale.clean(store)}
-    assert gone == {lost.name, 'x', f'.{baseline.name}.12-ab.new', 'retrain-0123456789ab.lock'}
+    assert gone == {lost.name, 'x', f'.{baseline.name}.999999999-ab.new', 'retrain-0123456789ab.lock'}
     assert waiting.exists() and (store/'mine-notes').exists() and next(store.glob('prune-*')).exists()
     assert {p.name for p in store.glob('[a-z]*-*') if p.name != 'mine-notes'} == {p.name for p in tiny[0].glob('*-*')} - {kesi.name}
 

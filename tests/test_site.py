@@ -55,7 +55,7 @@ def test_the_chain_of_pages_is_complete(site):
     assert set(chain) == set(around) - {'search.html', 'genindex.html'} and len(chain) == len(set(chain))
     for a, b in zip(chain, chain[1:]): assert around[b]['prev'] == a
     chapters = [p for p in chain if re.match(r'\d\d_', p)]
-    assert chapters == sorted(chapters) and chapters[0] == '01_paper.html'
+    assert chapters == sorted(chapters) and chapters[0] == '00_kesi_in_one_page.html'
 
 def test_every_exported_name_is_in_the_api_index(site):
     for module in (ROOT/'kesi').glob('[a-z]*.py'):

@@ -7,7 +7,7 @@ __all__ = ['DEVICE', 'PRECISION', 'SETTING', 'VARIANT', 'BUDGET', 'guarded', 'ch
            'kesi_run', 'kesi_report', 'chosen_network', 'kesi_export', 'kesi_bench', 'kesi_sweep', 'kesi_store']
 
 # %% ../nbs/engine/cli.ipynb #188218b5
-import argparse, dataclasses, os, sys
+import argparse, dataclasses, os, signal, sys, threading
 from . import __version__, paper
 from .paper import UserError
 
@@ -32,10 +32,25 @@ def _told(e):
         return 'another process of this run ended; run the same command again to go on'
 
 # %% ../nbs/engine/cli.ipynb #cli-guarded
+def _until_stopped(main, args):
+    "Ctrl-C ends it as a `KeyboardInterrupt`, whatever a library makes of that."
+    before, pressed = signal.getsignal(signal.SIGINT), []
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or before is not signal.default_int_handler: return main(args)
+    def stop(*_):
+        pressed.append(True)
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, stop)
+    try: main(args)
+    except Exception as e:
+        if pressed: raise KeyboardInterrupt from e
+        raise
+    finally: signal.signal(signal.SIGINT, before)
+
 def guarded(main, # what to do; gets the parsed arguments
             args):
     "Run a command; exceptions become one line and an exit code."
-    try: main(args)
+    try: _until_stopped(main, args)
     except UserError as e:
         _error(e)
         return 2

@@ -455,9 +455,8 @@ def there(self: Progress, stage, m):
     if stage.key in self.left: self.stage(stage, m)
 
 # %% ../nbs/engine/store.ipynb #7a0e0011
-# Ctrl-C is for the main process, which ends its helpers
-_START = ('import pickle, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); '
-          'sys.path[:] = pickle.load(sys.stdin.buffer); from kesi.store import _help; _help()')
+_START = ('import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); '
+          'from kesi.store import _help; _help()')
 
 def _pause(): time.sleep(.1)
 
@@ -480,8 +479,10 @@ def _help():
 class Helpers:
     "Processes that compute stages of the same run; started like a command: no main guard needed."
     def __init__(self, n, plan, *what, say):
-        self.say, how = say, dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.team = [subprocess.Popen([sys.executable, '-c', _START], **how) for _ in range(n)]
+        how = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        apart = dict(start_new_session=True) # Ctrl-C is for the main process, which ends them
+        line = [sys.executable, '-c', _START]
+        self.say, self.team = say, [subprocess.Popen(line, **how, **apart) for _ in range(n)]
         for p in self.team:
             with contextlib.suppress(OSError), p.stdin:       # may have died: `tell` says so
                 pickle.dump(sys.path, p.stdin)

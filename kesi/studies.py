@@ -580,13 +580,15 @@ def affordable(cost: float,      # what may be spent
 ADAM, SGD = (3e-4, 1e-3, 3e-3), (.01, .03, .1)
 GRID = {'kesi': ADAM, 'labels, Adam': ADAM, 'labels, SGD': SGD, 'labels, SGD, at the cost': SGD,
         'unpruned, restarted': (.03, .1), 'narrow from scratch': (.03, .1, .3),
+        'fresh student': (.03, .1, .3),
         'one cut': (.03, .1)}
 SMALL_RATES = (3e-3, 1e-2)
 
 def usual_rates(r: Recipe) -> dict[str, float]:
     "The paper's rates: where to begin, before any rate is chosen."
     adam = dict.fromkeys(('kesi', 'labels, Adam'), r.distill_lr)
-    return {**dict.fromkeys(GRID, r.retrain_lr), 'narrow from scratch': r.lr, **adam}
+    scratch = dict.fromkeys(('narrow from scratch', 'fresh student'), r.lr)
+    return {**dict.fromkeys(GRID, r.retrain_lr), **scratch, **adam}
 
 # %% ../nbs/engine/studies_controls.ipynb #e52a5c32
 def _instead_of_distilling(r, g, rates, cost):
@@ -618,6 +620,14 @@ def _from_scratch(r, g, lr, cost):
     whole = cost['baseline'] + cost['retraining'] + cost['distillation']
     training = replace(base.training, epochs=affordable(whole, 3 * cost['narrow']), lr=lr)
     return {'narrow from scratch': replace(base, spec=narrow, training=training)}
+
+def _fresh_student(r, g, lr, cost):
+    kesi = g['kesi']
+    whole = cost['baseline'] + cost['retraining'] + cost['distillation']
+    epochs = affordable(whole, 3 * cost['narrow'] + cost['teachers'])
+    training = replace(kesi.student.training, epochs=epochs, lr=lr)
+    student = Fresh(kesi.student, kesi.seed, kesi.on)
+    return {'fresh student': replace(kesi, student=student, training=training)}
 
 def _cut_once(r, g, lr, cost):
     once, kesi = one_cut(r, g)['one cut'], g['kesi']
@@ -651,6 +661,7 @@ def controls(r: Recipe, g: dict, seed, data, rt,
     found = {'kesi': g['kesi'], **_instead_of_distilling(r, g, rates, cost), **_other_teachers(g)}
     found |= _unpruned_restarted(r, g, rates['unpruned, restarted'], cost)
     found |= _from_scratch(r, g, rates['narrow from scratch'], cost)
+    found |= _fresh_student(r, g, rates['fresh student'], cost)
     found |= _cut_once(r, g, rates['one cut'], cost)
     for lr in SMALL_RATES: found |= _small_rate(r, seed, data, rt, lr)
     return found
@@ -662,7 +673,7 @@ def rates_stages(r, seed, data, rt):
     for n, grid in GRID.items():
         for lr in grid:
             s = controls(r, g, seed, data, rt, {**usual, n: lr})[n]
-            if n == 'narrow from scratch':
+            if n in ('narrow from scratch', 'fresh student'):
                 s = replace(s, training=replace(s.training, epochs=max(1, s.training.epochs // 4)))
             found[f'{n} at {lr:g}'] = s
     return found

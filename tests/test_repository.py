@@ -104,7 +104,7 @@ def alone(name):
     except BaseException: traceback.print_exc(); os._exit(1)
     os._exit(name == "paper" and "torch" in sys.modules)
 failed = [n for n in ("paper",) if alone(n)]
-import torch                                             # once for all
+import fvcore.nn, matplotlib.pyplot, safetensors.torch, torch, torchvision          # once for all
 sys.exit(", ".join(failed + [n for n in sys.argv[1:] if n != "paper" and alone(n)]) or None)
 '''
 

@@ -19,7 +19,9 @@ from scipy.special import stdtr, stdtrit         # Student's t; scipy.stats take
 from . import paper
 from .ensemble import accuracy, mean_probabilities
 from .paper import Recipe, UserError
+from .pipeline import trainings
 from .runtime import write_atomic, write_json
+from .schedules import learning_rates
 from .store import SCHEMA, read_manifest, read_record
 
 # %% ../nbs/engine/report.ipynb #71367954
@@ -459,12 +461,12 @@ def _network(d, arch, widths, x, bottom, color, tallest=76):
         left = x - 24 + i * each + 1
         d.add('rect', x=left, y=bottom - h, width=each - 2, height=h, rx=2, fill=color)
 
-def _schedule(d, history, x, top, width, color, peak, height=34):
+def _schedule(d, rates, x, top, width, color, peak, height=34):
     "The learning rate of one training, from zero up to `peak`."
     left, right, ground = x - width / 2, x + width / 2, top + height
-    n = max(1, len(history) - 1)
-    curve = [(left + width * i / n, top + height * (1 - p['lr'] / peak))
-             for i, p in enumerate(history)]
+    last = max(1, len(rates) - 1)
+    curve = [(left + width * i / last, top + height * (1 - lr / peak))
+             for i, lr in enumerate(rates)]
     d.line((left, ground), *curve, (right, ground), color='none', opacity='.15',
            style=f'fill: {color}')
     d.line(*curve, color=color, width=1.8)
@@ -478,6 +480,7 @@ class _Numbers:
         needed = {*self.chain, 'kesi'}
         self.seeds = [s for s in report['seeds'] if needed <= s['stages'].keys()]
         self.kind = 'nonzero_params' if r.method == 'weights' else 'params'
+        self.trainings = trainings(r)
         if not self.seeds:
             raise UserError('the picture needs the variants one-cycle and kesi; '
                             f'{report["name"]} was run without')
@@ -491,7 +494,12 @@ class _Numbers:
     def accuracy(self, name): return f'{self.mean(name, "accuracy"):.1%}'
     def params(self, name): return self.mean(name, self.kind)
     def has(self, name): return all(name in s['stages'] for s in self.seeds)
-    def history(self, name): return self.seeds[0]['stages'][name]['history']
+
+    def rates(self, name):
+        "The schedule that a training followed, at about a hundred points; none if it came trained."
+        if not self.seeds[0]['stages'][name]['history']: return []
+        t = self.trainings[name.split()[0]]
+        return learning_rates(t, math.ceil(100 / t.epochs))
 
     def size(self, name):
         v = self.params(name)
@@ -501,7 +509,8 @@ class _Numbers:
 def _draw_snapshot(d, of, i, mid, step, peak):
     "One network of the chain: its learning rate, its widths, its accuracy and size."
     name, x, color = of.chain[i], mid(i), COLORS['one-cycle' if i else 'baseline']
-    _schedule(d, of.history(name), x, 56, step - 34, color, peak)
+    rates = of.rates(name)
+    if rates: _schedule(d, rates, x, 56, step - 34, color, peak)
     _network(d, of.r.arch, of.r.widths(i), x, 184, color)
     d.text(x, 204, 'prune, restart' if i else 'train', 13, fill='#555')
     d.text(x, 227, of.accuracy(name), 18, font_weight='bold')
@@ -531,7 +540,7 @@ def draw_kesi(report: dict, # of a run with the variants `one-cycle` and `kesi`
     "The method in one picture, with the numbers of a report."
     of = _Numbers(report)
     r, n = of.r, len(of.chain)
-    peak = max(p['lr'] for name in of.chain for p in of.history(name))
+    peak = max(lr for name in of.chain for lr in of.rates(name))
     step = max(104, 640 / n)
     w = step * n + 40
     mid = lambda i: 20 + step * (i + .5)

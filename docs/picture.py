@@ -1,4 +1,4 @@
-"""Draw `nbs/images/kesi.svg`, the picture on the landing page, from the saved report of the digits study.
+"""Draw `nbs/images/kesi.svg`, the picture on the landing page, from the digits study's report.
 
     python docs/picture.py           draws it
     python docs/picture.py --check   exits with 1 when picture and report are out of step
@@ -8,6 +8,7 @@ from pathlib import Path
 
 NBS = Path(__file__).resolve().parent.parent/'nbs'
 REPORT, PICTURE = NBS/'reproduce'/'results'/'digits.json', NBS/'images'/'kesi.svg'
+OUT_OF_STEP = 'kesi.svg is out of step with the digits report; `python docs/picture.py` draws it'
 
 def main(args) -> int:
     if not REPORT.exists():
@@ -17,7 +18,7 @@ def main(args) -> int:
     drawn = draw_kesi(json.loads(REPORT.read_text(encoding='utf-8')))
     if '--check' in args:
         same = PICTURE.exists() and PICTURE.read_text(encoding='utf-8') == drawn
-        if not same: print('kesi.svg is out of step with the digits report; `python docs/picture.py` draws it')
+        if not same: print(OUT_OF_STEP)
         return int(not same)
     PICTURE.parent.mkdir(exist_ok=True)
     PICTURE.write_text(drawn, encoding='utf-8')

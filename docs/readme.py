@@ -11,6 +11,8 @@ from traitlets.config import Config
 from nbdev_reader import read
 
 ROOT = Path(__file__).resolve().parent.parent
+_NO_PICTURES = ('{}: README.md cannot hold the picture of an output; '
+                'save it in nbs/images and link it')
 _ELSEWHERE = re.compile(r'[a-z][a-z0-9+.-]*:|[#/]', re.I)
 
 def from_root(link: str, # target of a link in `nbs/`
@@ -23,18 +25,19 @@ def relink(markdown: str) -> str:
     "All relative links and images outside of code, seen from the repository's root."
     parts = re.split(r'(^```.*?^```|`[^`\n]+`)', markdown, flags=re.M | re.S)
     for i in range(0, len(parts), 2):
-        parts[i] = re.sub(r'(\]\()([^)\s]+)', lambda m: m[1] + from_root(m[2]), parts[i])
-        parts[i] = re.sub(r'\b((?:src|href|srcset)=")([^"]+)', lambda m: m[1] + from_root(m[2]), parts[i])
+        for link in (r'(\]\()([^)\s]+)', r'\b((?:src|href|srcset)=")([^"]+)'):
+            parts[i] = re.sub(link, lambda m: m[1] + from_root(m[2]), parts[i])
     return ''.join(parts)
 
 def readme(source: Path = ROOT/'nbs'/'index.ipynb') -> str:
     "The text of README.md."
     nb = read(source.read_text(encoding='utf-8'))
-    config = Config({'TagRemovePreprocessor': {'enabled': True, 'remove_input_tags': {'remove-input'}}})
+    remove = {'enabled': True, 'remove_input_tags': {'remove-input'}}
+    config = Config({'TagRemovePreprocessor': remove})
     exporter = MarkdownExporter(config=config)
     exporter.register_preprocessor(TagRemovePreprocessor(config=config), enabled=True)
     markdown, resources = exporter.from_notebook_node(nb)
-    if resources.get('outputs'): sys.exit(f'{source.name}: README.md cannot hold the picture of an output; save it in nbs/images and link it')
+    if resources.get('outputs'): sys.exit(_NO_PICTURES.format(source.name))
     markdown = re.sub(r'^```ipython3?$', '```python', markdown, flags=re.M)
     return re.sub(r'\n{3,}', '\n\n', relink(markdown)).strip() + '\n'
 
@@ -45,7 +48,8 @@ def main(args) -> int:
         return 0
     old = target.read_text(encoding='utf-8') if target.exists() else ''
     if old == text: return 0
-    sys.stdout.writelines(difflib.unified_diff(old.splitlines(True), text.splitlines(True), 'README.md', 'nbs/index.ipynb'))
+    both = old.splitlines(True), text.splitlines(True)
+    sys.stdout.writelines(difflib.unified_diff(*both, 'README.md', 'nbs/index.ipynb'))
     print('README.md is out of step with nbs/index.ipynb; `python docs/readme.py` writes it')
     return 1
 

@@ -10,6 +10,7 @@ __all__ = ['KNOWN', 'grid', 'Sizes', 'sizes', 'Sweep', 'spec_of', 'disk', 'speed
 import dataclasses, fnmatch, functools, heapq, json, logging, os, re, shutil, sys, time
 from pathlib import Path
 from typing import NamedTuple
+from fastcore.basics import patch
 import torch
 from . import paper, report
 from .data import SIZES
@@ -25,7 +26,10 @@ def _matching(name):
     "The recipes that a name, a pattern such as `cifar10/*`, or a recipe stands for."
     if isinstance(name, Recipe): return [name]
     if not any(c in name for c in '*?['): return [paper.recipe(name)]
-    if not (found := fnmatch.filter(paper.RECIPES, name)): raise UserError(f'no published recipe is named like {name!r}; they are {", ".join(paper.RECIPES)}')
+    found = fnmatch.filter(paper.RECIPES, name)
+    if not found:
+        raise UserError(f'no published recipe is named like {name!r}; '
+                        f'they are {", ".join(paper.RECIPES)}')
     return [paper.recipe(n) for n in found]
 
 def grid(names,          # recipes, their names, or patterns
@@ -34,14 +38,19 @@ def grid(names,          # recipes, their names, or patterns
          settings=(),    # strings `field=value`, for all
         ) -> list[Recipe]: # each once
     "Recipes × methods × seeds."
-    settings = [*settings, *([f'seeds={seeds}'] if seeds is not None else [])]
-    found = [paper.with_settings(r, [*settings, *([f'method={m}'] if m else [])]) for n in names for r in _matching(n) for m in methods or [None]]
+    settings = list(settings)
+    if seeds is not None: settings.append(f'seeds={seeds}')
+    found = []
+    for r in (r for name in names for r in _matching(name)):
+        for method in methods or [None]:
+            own = [f'method={method}'] if method else []
+            found.append(paper.with_settings(r, settings + own))
     if not found: raise UserError('a sweep needs at least one recipe')
     return list(dict.fromkeys(found))
 
 # %% ../nbs/engine/scale.ipynb #058b9df3
 class Sizes(NamedTuple):
-    "What is known of a dataset without loading it; it stands in for the dataset where a graph is drawn."
+    "What is known of a dataset without loading it, to draw a graph from."
     name: str
     train: range
     test: range
@@ -51,16 +60,25 @@ class Sizes(NamedTuple):
     @property
     def digest(self): return f'{self.name} of {len(self.train)}'
 
-_KINDS = {'digits': (1, 10), 'fashion_mnist': (1, 10), 'cifar10': (3, 10), 'cifar100': (3, 100), 'tiny_imagenet': (3, 200)}       # channels, classes
-KNOWN = {n: Sizes(n, range(train), range(test), side, _KINDS[n][0], range(_KINDS[n][1])) for n, (train, test, side) in SIZES.items()}
+_KINDS = {'digits': (1, 10), 'fashion_mnist': (1, 10), 'cifar10': (3, 10),
+          'cifar100': (3, 100), 'tiny_imagenet': (3, 200)}       # channels, classes
+
+def _known(name):
+    (train, test, side), (channels, classes) = SIZES[name], _KINDS[name]
+    return Sizes(name, range(train), range(test), side, channels, range(classes))
+
+KNOWN = {name: _known(name) for name in SIZES}
 
 def sizes(r: Recipe, data_root=None) -> Sizes:
     "The sizes of a recipe's dataset, loaded only if it is one of your own."
     if r.data in KNOWN:
-        known = KNOWN[r.data]; k = max(1, round(len(known.train) * r.valid)) if r.valid else 0
-        return known._replace(train=known.train[k:], test=known.train[:k] if k else known.test)
+        known = KNOWN[r.data]
+        if not r.valid: return known
+        k = max(1, round(len(known.train) * r.valid))
+        return known._replace(train=known.train[k:], test=known.train[:k])
     d = load_for(r, data_root)
-    return Sizes(d.name, range(len(d.train)), range(len(d.test)), d.size, d.channels, range(len(d.classes)))
+    images = range(len(d.train)), range(len(d.test))
+    return Sizes(d.name, *images, d.size, d.channels, range(len(d.classes)))
 
 # %% ../nbs/engine/scale.ipynb #394e5e99
 class Sweep:
@@ -69,22 +87,31 @@ class Sweep:
                  recipes,          # list of `Recipe`
                  rt: Runtime,      # where each stage is computed
                  data=sizes):      # recipe → its dataset, or what stands in for it
-        self.recipes, self.seeds, self.recipe, self.work = list(recipes), [], {}, {}     # work: key → multiply-adds; prunings take next to none
-        for r in self.recipes:
-            d = data(r); epoch = epoch_work(r, len(d.train), len(d.test), d.size)
-            self.seeds.append([graph(r, seed, d, rt) for seed in range(r.seeds)])
-            for s in stages_of(self.seeds[-1]): self.recipe.setdefault(s.key, r); self.work.setdefault(s.key, 0)
-            self.work.update({s.key: s.training.epochs * epoch[n] for stages in self.seeds[-1] for n, s in stages.items()})
-        self.stages = {s.key: s for s in stages_of([stages for seeds in self.seeds for stages in seeds])}
+        self.recipes, self.seeds, self.stages, self.recipe = list(recipes), [], {}, {}
+        self.work = {}             # key → multiply-adds; prunings take next to none
+        for r in self.recipes: self._add(r, data(r), rt)
 
-    def names(self) -> dict: # key → recipe, seed and name of a stage, of the first recipe that has it
+    def _add(self, r, d, rt):
+        "The graphs of one recipe's seeds; what an earlier recipe has stays its."
+        epoch = epoch_work(r, len(d.train), len(d.test), d.size)
+        seeds = [graph(r, seed, d, rt) for seed in range(r.seeds)]
+        self.seeds.append(seeds)
+        for s in stages_of(seeds):
+            self.stages.setdefault(s.key, s)
+            self.recipe.setdefault(s.key, r)
+            self.work.setdefault(s.key, 0)
+        for stages in seeds:
+            for n, s in stages.items(): self.work[s.key] = s.training.epochs * epoch[n]
+
+    def names(self) -> dict: # key → recipe, seed and name of a stage, of the first that has it
         "What to call a stage."
         found = {}
-        for r, seeds in zip(self.recipes, self.seeds):
-            for i, stages in enumerate(seeds):
-                for n, s in stages.items():
-                    for p in s.parents: found.setdefault(p.key, f'{slug(r)} · seed {i} · before {n}')
-                    found.setdefault(s.key, f'{slug(r)} · seed {i} · {n}')
+        of_seeds = [(f'{slug(r)} · seed {i}', stages) for r, seeds in zip(self.recipes, self.seeds)
+                    for i, stages in enumerate(seeds)]
+        for whose, stages in of_seeds:
+            for n, s in stages.items():
+                for p in s.parents: found.setdefault(p.key, f'{whose} · before {n}')
+                found.setdefault(s.key, f'{whose} · {n}')
         return found
 
 # %% ../nbs/engine/scale.ipynb #ac2c25d7
@@ -92,31 +119,41 @@ def spec_of(stage) -> Spec:
     "The network that a stage makes, its widths after all prunings before it."
     if stage.kind == 'baseline': return stage.spec
     before = spec_of(stage.student if stage.kind == 'distill' else stage.parent)
-    return before if stage.kind != 'prune' or stage.rates is None else _pruned(before, stage.rates, stage.multiple or 1)
+    if stage.kind != 'prune' or stage.rates is None: return before
+    return _pruned(before, stage.rates, stage.multiple or 1)
 
 @functools.cache
-def _pruned(spec, rates, multiple): return dataclasses.replace(spec, widths=paper.shrink(spec.widths, rates, multiple))
+def _pruned(spec, rates, multiple):
+    return dataclasses.replace(spec, widths=paper.shrink(spec.widths, rates, multiple))
 
 @functools.cache
 def _weights(spec): # bytes
-    with torch.device('meta'): return sum(t.numel() * t.element_size() for t in build(spec).state_dict().values())
+    with torch.device('meta'): tensors = build(spec).state_dict().values()
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 def disk(stage, data) -> int: # bytes
-    "What a finished stage keeps: weights, the answers to the test images with their labels, and the history."
+    "What a finished stage keeps: weights, answers to the test images with labels, history."
     epochs = 0 if stage.kind == 'prune' else stage.training.epochs
-    return _weights(spec_of(stage)) + len(data.test) * (4 * len(data.classes) + 8) + 200 * epochs
+    answers = len(data.test) * (4 * len(data.classes) + 8)
+    return _weights(spec_of(stage)) + answers + 200 * epochs
 
 # %% ../nbs/engine/scale.ipynb #a4674a79
 def _speed(arch, batch, rt):
     "Multiply-adds a second in training steps of a small network."
-    net, x = rt.place(build(Spec(arch))).train(), rt.place(torch.zeros(batch, 3, 16, 16))
+    net = rt.place(build(Spec(arch))).train()
+    x = rt.place(torch.zeros(batch, 3, 16, 16))
     def step():
         with rt.autocast(): loss = net(x).square().mean()
-        loss.backward(); return loss.item()
+        loss.backward()
+        return loss.item()
     with rt.active():
-        step(); begun, steps = time.perf_counter(), 0
-        while steps < 2 or (steps < 50 and time.perf_counter() - begun < .4): step(); steps += 1
-    return steps * batch * 3 * image_macs(arch, paper.full_widths(arch), 16) / (time.perf_counter() - begun)
+        step()                                           # the first one is slow
+        begun, steps, seconds = time.perf_counter(), 0, 0.
+        while steps < 2 or (steps < 50 and seconds < .4):
+            step()
+            steps, seconds = steps + 1, time.perf_counter() - begun
+    image = 3 * image_macs(arch, paper.full_widths(arch), 16)
+    return steps * batch * image / seconds
 
 def speeds(rt) -> dict: # family of networks → multiply-adds a second
     "How fast this machine trains, measured for about a second."
@@ -130,131 +167,199 @@ def duration(seconds) -> str:
     return f'{seconds:.0f} s'
 
 # %% ../nbs/engine/scale.ipynb #2d9de7c7
-def bill(s: Sweep, rt: Runtime, data=sizes) -> dict:
-    "Stages, trainings and work (multiply-adds) of a sweep, and what they would be if every variant of every recipe were run by itself; bytes."
-    apart = [Sweep([dataclasses.replace(r, variants=(v,))], rt, data) for r in s.recipes for v in r.variants]
+def _amount(s): # a sweep
+    trained = sum(x.kind != 'prune' for x in s.stages.values())
+    return {'stages': len(s.stages), 'trainings': trained, 'work': sum(s.work.values())}
+
+def bill(s: Sweep,    # what is computed
+         rt: Runtime, # how
+         data=sizes,  # recipe → its dataset, or what stands in for it
+        ) -> dict:    # stages, trainings, work (multiply-adds), each also `… apart`; bytes
+    "What a sweep costs, and what it would if every variant of every recipe were run by itself."
+    whole, apart = _amount(s), dict.fromkeys(('stages', 'trainings', 'work'), 0)
+    for r in s.recipes:
+        for v in r.variants:
+            alone = _amount(Sweep([dataclasses.replace(r, variants=(v,))], rt, data))
+            apart = {n: apart[n] + alone[n] for n in apart}
     known = {r: data(r) for r in s.recipes}
-    count = lambda s: {'stages': len(s.stages), 'trainings': sum(x.kind != 'prune' for x in s.stages.values()), 'work': sum(s.work.values())}
-    alone = [count(a) for a in apart]
-    return {**count(s), **{f'{n} apart': sum(a[n] for a in alone) for n in alone[0]}, 'bytes': sum(disk(x, known[s.recipe[k]]) for k, x in s.stages.items())}
+    kept = sum(disk(x, known[s.recipe[k]]) for k, x in s.stages.items())
+    return {**whole, **{f'{n} apart': v for n, v in apart.items()}, 'bytes': kept}
 
 # %% ../nbs/engine/scale.ipynb #0c41762c
 def makespan(stages: dict,  # key → stage, parents first
              cost: dict,    # key → time of a stage
-             workers: int) -> float:
-    "When the last stage is done if free workers always take the most urgent stage that is ready."
-    urgent, waiting, children = urgency(stages, cost), {k: len({p.key for p in s.parents}) for k, s in stages.items()}, {}
-    for k, s in stages.items():
-        for p in {p.key for p in s.parents}: children.setdefault(p, []).append(k)
-    ready, busy, now = [(-urgent[k], k) for k, n in waiting.items() if not n], [], 0.
+             workers: int,  # stages at a time
+            ) -> float:     # in the unit of `cost`
+    "When the last stage is done if free workers always take the most urgent that is ready."
+    urgent = urgency(stages, cost)
+    parents = {k: {p.key for p in s.parents} for k, s in stages.items()}
+    children = {k: [] for k in stages}
+    for k, theirs in parents.items():
+        for p in theirs: children[p].append(k)
+    ready = [(-urgent[k], k) for k in stages if not parents[k]]
     heapq.heapify(ready)
+    busy, now = [], 0.
     while ready or busy:
-        while ready and len(busy) < workers: k = heapq.heappop(ready)[1]; heapq.heappush(busy, (now + cost[k], k))
-        now, k = heapq.heappop(busy)
-        for c in children.get(k, ()):
-            waiting[c] -= 1
-            if not waiting[c]: heapq.heappush(ready, (-urgent[c], c))
+        while ready and len(busy) < workers:
+            _, k = heapq.heappop(ready)
+            heapq.heappush(busy, (now + cost[k], k))
+        now, done = heapq.heappop(busy)
+        for k in children[done]:
+            parents[k].discard(done)
+            if not parents[k]: heapq.heappush(ready, (-urgent[k], k))
     return now
 
 # %% ../nbs/engine/scale.ipynb #708013f9
 def _ray():
     "Ray without its dashboard and its reports to its makers."
-    os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0'); os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')
+    os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+    os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')
     try: import ray
     except ImportError as e:
         raise UserError("a sweep needs Ray: pip install -e '.[sweep]' in a clone of kesi") from e
     return ray
 
+def _start(ray, tries=3, **how):
+    "Start Ray on this machine; where much else is running, its half minute may not be enough."
+    for left in reversed(range(tries)):
+        try:
+            ray.init(**how)
+            return
+        except Exception as e:                               # Ray raises nothing more special
+            ray.shutdown()
+            said = f'Ray does not start here: {str(e).splitlines()[0]}'
+            if not left: raise KesiError(said) from e
+
 def _connect(ray, workers, threads, address):
     "Join a cluster, or start one on this machine; whether it is ours to end."
     if ray.is_initialized(): return False
     quiet = dict(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    if address is None: return _start(ray, address='local', num_cpus=(workers * threads) if workers else None, object_store_memory=100 * 2**20, **quiet)
+    if address is None:
+        cores = workers * threads if workers else None
+        _start(ray, address='local', num_cpus=cores, object_store_memory=100 * 2**20, **quiet)
+        return True
     try: ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as e: raise UserError(f'no Ray cluster answers at {address!r}: {str(e).splitlines()[0]}') from e
+    except (ConnectionError, ValueError, RuntimeError) as e:
+        said = f'no Ray cluster answers at {address!r}: {str(e).splitlines()[0]}'
+        raise UserError(said) from e
     return True
 
-def _start(ray, tries=3, **how):
-    "Start Ray on this machine; where much else is running, its half minute may not be enough."
-    for left in reversed(range(tries)):
-        try: ray.init(**how); return True
-        except Exception as e:                               # Ray raises nothing more special
-            ray.shutdown()
-            if not left: raise KesiError(f'Ray does not start here: {str(e).splitlines()[0]}') from e
-
+# %% ../nbs/engine/scale.ipynb #9d1f0b11
 def _task(r, stage, root, rt, data_root, *parents): # parents are there to be waited for
     "Compute one stage; this runs in a worker."
     said, new, data = [], [], load_for(r, data_root)
-    if data.digest != stage.on.data: raise UserError(f'{r.data} has another content on {os.uname().nodename} than where the sweep was started')
-    m = Store(root, said.append).ensure(stage, data, rt, on_stage=lambda s, m: new.append(s.key))
-    return {'accuracy': m['metrics']['accuracy'], 'seconds': m['seconds'] if stage.key in new else 0., 'new': stage.key in new, 'said': said}
+    if data.digest != stage.on.data:
+        raise UserError(f'{r.data} has another content on {os.uname().nodename} than where the '
+                        'sweep was started')
+    store = Store(root, said.append)
+    manifest = store.ensure(stage, data, rt, on_stage=lambda s, m: new.append(s.key))
+    is_new = stage.key in new
+    return {'accuracy': manifest['metrics']['accuracy'], 'new': is_new, 'said': said,
+            'seconds': manifest['seconds'] if is_new else 0.}
 
 # %% ../nbs/engine/scale.ipynb #45c1c39f
+def _in_a_line(error): return ' '.join(str(error).split())[:300]
+
 class _Board:
-    "What is done: one line per finished training, and a table per recipe, which a terminal shows all the time."
+    "What is done: a line for each training, and a table, which a terminal shows all the time."
     def __init__(self, s: Sweep, say):
         self.sweep, self.cost, self.names, self.say = s, s.work, s.names(), say
         self.results, self.failed, self.begun, self.lines = {}, {}, time.perf_counter(), 0
 
     def left(self):
         "Estimated time to go, from the work done so far."
-        done = sum(self.cost[k] for k, f in self.results.items() if f['new'])
-        rest = sum(c for k, c in self.cost.items() if k not in self.results and k not in self.failed)
-        return f' · about {duration((time.perf_counter() - self.begun) * rest / done)} to go' if done and rest else ''
+        done = sum(self.cost[k] for k, found in self.results.items() if found['new'])
+        ended = self.results.keys() | self.failed.keys()
+        rest = sum(c for k, c in self.cost.items() if k not in ended)
+        if not done or not rest: return ''
+        seconds = time.perf_counter() - self.begun
+        return f' · about {duration(seconds * rest / done)} to go'
 
     def table(self) -> str: # Markdown
         "Stages of each recipe: how many there are, how many are done, and how many have failed."
-        rows = ['| recipe | seeds | stages | done | failed |', '|---|---|---|---|---|']
+        rows = []
         for r, seeds in zip(self.sweep.recipes, self.sweep.seeds):
-            keys = [s.key for s in stages_of(seeds)]
-            rows.append(f'| {slug(r)} | {r.seeds} | {len(keys)} | {sum(k in self.results for k in keys)} | {sum(k in self.failed for k in keys)} |')
-        return '\n'.join(rows)
+            keys = {s.key for s in stages_of(seeds)}
+            done, failed = (len(keys & found.keys()) for found in (self.results, self.failed))
+            rows.append([slug(r), *map(str, (r.seeds, len(keys), done, failed))])
+        return report.markdown_table(['recipe', 'seeds', 'stages', 'done', 'failed'], rows)
 
     def show(self, line=None):
-        live = self.say is print and sys.stdout.isatty()
-        if self.lines: print(f'\033[{self.lines}F\033[J', end=''); self.lines = 0
+        "Say a line; on a terminal the table stays below it."
+        if self.lines: print(f'\033[{self.lines}F\033[J', end='')
+        self.lines = 0
         if line: self.say(line)
-        if live: text = self.table(); print(text); self.lines = text.count('\n') + 1
+        if self.say is print and sys.stdout.isatty():
+            text = self.table()
+            print(text)
+            self.lines = text.count('\n') + 1
 
-    def done(self, stage, found):
-        self.results[stage.key] = found
-        for line in found['said']: self.show(line)
-        news = found['new'] and stage.kind != 'prune'
-        self.show(f'{len(self.results)}/{len(self.cost)} · {self.names[stage.key]}: test accuracy {found["accuracy"]:.2%}{self.left()}' if news else None)
+# %% ../nbs/engine/scale.ipynb #9d1f0b12
+@patch
+def done(self: _Board, stage, found):
+    "A stage is there."
+    self.results[stage.key] = found
+    for line in found['said']: self.show(line)
+    if not found['new'] or stage.kind == 'prune': return self.show()
+    count = f'{len(self.results)}/{len(self.cost)}'
+    what = f'{self.names[stage.key]}: test accuracy {found["accuracy"]:.2%}'
+    self.show(f'{count} · {what}{self.left()}')
 
-    def lost(self, stage, error):
-        first = not any(p.key in self.failed for p in stage.parents)
-        self.failed[stage.key] = error
-        self.show(f'failed: {self.names[stage.key]}: {" ".join(str(error).split())[:300]}' if first else None)
+@patch
+def lost(self: _Board, stage, error):
+    "A stage has failed; those that need it are not told of one by one."
+    first = not any(p.key in self.failed for p in stage.parents)
+    self.failed[stage.key] = error
+    self.show(f'failed: {self.names[stage.key]}: {_in_a_line(error)}' if first else None)
+
+@patch
+def conclude(self: _Board):
+    "The last line; an error where something has failed."
+    new = [found for found in self.results.values() if found['new']]
+    wall, alone = time.perf_counter() - self.begun, sum(found['seconds'] for found in new)
+    self.lines = 0
+    rate = f', {alone / wall:.1f} at a time' if new else ''
+    self.say(f'{len(self.results)} stages are there, {len(new)} of them computed now: '
+             f'{duration(alone)} of computing in {duration(wall)}{rate}')
+    if self.failed:
+        raise KesiError(f'{len(self.failed)} of {len(self.cost)} stages could not be computed; '
+                        f'the first: {_in_a_line(next(iter(self.failed.values())))}')
 
 # %% ../nbs/engine/scale.ipynb #3f984258
-def _finish(board, store, rt, data, say):
+def _finish(board, store, rt, data):
     "Reports of the recipes that are complete; an error where some are not."
     homes = []
     for r, seeds in zip(board.sweep.recipes, board.sweep.seeds):
         if any(s.key in board.failed for s in stages_of(seeds)): continue
-        homes.append(note(store, r, seeds, data(r), rt)); report.write(homes[-1])
-    new = [f for f in board.results.values() if f['new']]
-    wall, alone = time.perf_counter() - board.begun, sum(f['seconds'] for f in new)
-    board.lines = 0
-    say(f'{len(board.results)} stages are there, {len(new)} of them computed now: {duration(alone)} of computing in {duration(wall)}' + (f', {alone / wall:.1f} at a time' if new else ''))
-    if board.failed: raise KesiError(f'{len(board.failed)} of {len(board.cost)} stages could not be computed; the first: {" ".join(str(next(iter(board.failed.values()))).split())[:300]}')
+        homes.append(note(store, r, seeds, data(r), rt))
+        report.write(homes[-1])
+    board.conclude()
     return homes
 
-def sweep(recipes,                 # list of `Recipe`, see `grid`
-          out='runs',              # run folder, the same for all machines
-          rt: Runtime | None = None, # how each stage is computed; None: on a GPU if there is one, else with one thread
-          data_root=None,          # folder with downloaded datasets
-          workers: int | None = None, # stages at a time on this machine; None: as many as it has processors (or GPUs)
-          gpus: float | None = None,  # GPUs of each stage, also fractions; None: one where the runtime says cuda
-          address: str | None = None, # of a Ray cluster, `auto` for the one that this machine belongs to; None: this machine only
-          retries: int = 5,        # how often a stage may lose its worker
-          say=print,               # called with one line per finished training; None: be quiet
-         ) -> list[Path]:          # the folders of the reports
+def _check_workers(rt, workers):
+    if rt.processes > 1:
+        raise UserError('a sweep starts its workers itself: start it without torchrun')
+    if workers is not None and workers < 1:
+        raise UserError(f'workers must be a whole number from 1; got {workers}')
+
+# %% ../nbs/engine/scale.ipynb #9d1f0b13
+def sweep(recipes,                    # list of `Recipe`, see `grid`
+          out='runs',                 # run folder, the same for all machines
+          rt: Runtime | None = None,  # how each stage is computed; None: on a GPU if there is
+                                      # one, else with one thread
+          data_root=None,             # folder with downloaded datasets
+          workers: int | None = None, # stages at a time on this machine; None: as many as it
+                                      # has processors (or GPUs)
+          gpus: float | None = None,  # GPUs of each stage, also fractions; None: one where the
+                                      # runtime says cuda
+          address: str | None = None, # of a Ray cluster, `auto` for the one that this machine
+                                      # belongs to; None: this machine only
+          retries: int = 5,           # how often a stage may lose its worker
+          say=print,                  # called with a line for each training; None: be quiet
+         ) -> list[Path]:             # the folders of the reports
     "Compute the stages of many recipes side by side, each once, and report on each recipe."
     ray, rt, say = _ray(), rt or auto(threads=1), say or (lambda line: None)
-    if rt.processes > 1: raise UserError('a sweep starts its workers itself: start it without torchrun')
-    if workers is not None and workers < 1: raise UserError(f'workers must be a whole number from 1; got {workers}')
+    _check_workers(rt, workers)
     data_root = data_root and Path(data_root).absolute()
     data = functools.cache(lambda r: load_for(r, data_root))
     s, store = Sweep(recipes, rt, data), Store(Path(out).absolute(), say)
@@ -262,23 +367,27 @@ def sweep(recipes,                 # list of `Recipe`, see `grid`
     ours = _connect(ray, workers, rt.threads or 1, address)
     try:
         board = _Board(s, say)
-        _watch(ray, _submit(ray, s, store.root, rt, data_root, gpus, retries), board)
+        refs = _submit(ray, s, store.root, rt, data_root, gpus, retries)
+        _watch(ray, refs, board)
     finally:
         if ours: ray.shutdown()
-    return _finish(board, store, rt, data, say)
+    return _finish(board, store, rt, data)
 
 # %% ../nbs/engine/scale.ipynb #611f1966
 def _submit(ray, s, root, rt, data_root, gpus, retries):
     "A task for each stage, the most urgent first; parents are more urgent than their children."
-    use = dict(num_cpus=rt.threads or 1, num_gpus=gpus if gpus is not None else float(rt.device.startswith('cuda')), max_retries=retries)
+    gpus = float(rt.device.startswith('cuda')) if gpus is None else gpus
+    use = dict(num_cpus=rt.threads or 1, num_gpus=gpus, max_retries=retries)
     task, urgent, refs = ray.remote(**use)(_task), urgency(s.stages, s.work), {}
-    for k in sorted(s.stages, key=lambda k: -urgent[k]):              # stable: parents stay before children of the same urgency
-        refs[k] = task.remote(s.recipe[k], s.stages[k], root, rt, data_root, *(refs[p.key] for p in s.stages[k].parents))
+    for k in sorted(s.stages, key=lambda k: -urgent[k]):   # stable: parents stay before children
+        parents = [refs[p.key] for p in s.stages[k].parents]            # of the same urgency
+        refs[k] = task.remote(s.recipe[k], s.stages[k], root, rt, data_root, *parents)
     return refs
 
 def _watch(ray, refs, board):
     "Wait for all tasks; each one's result or error goes to the board."
-    stage_of, pending = {ref: board.sweep.stages[k] for k, ref in refs.items()}, list(refs.values())
+    stage_of = {ref: board.sweep.stages[k] for k, ref in refs.items()}
+    pending = list(refs.values())
     board.show()
     while pending:
         (ref,), pending = ray.wait(pending, num_returns=1)
@@ -287,26 +396,53 @@ def _watch(ray, refs, board):
         except ray.exceptions.RayError as e: board.lost(stage_of[ref], e)
 
 # %% ../nbs/engine/scale.ipynb #a2102bc8
-def dry_run(recipes, rt: Runtime, data_root=None, workers: int = 1) -> str:
-    "What a sweep would compute, what sharing saves, and an estimate of its time from a second of measuring."
-    data = functools.cache(lambda r: sizes(r, data_root))
-    s, fast, lines, before = Sweep(recipes, rt, data), speeds(rt), [], set()
-    seconds = {k: w / fast[paper.family(s.recipe[k].arch)] for k, w in s.work.items()}
-    for r, seeds in zip(s.recipes, s.seeds):
-        own = {x.key for x in stages_of(seeds)}
-        lines.append(f'{slug(r)}: {r.seeds} seed{"s" * (r.seeds > 1)}, {len(own)} stages' + (f', {len(own & before)} of them shared with recipes above' if own & before else ''))
-        for n, x in seeds[0].items():
-            if x.key not in before: lines.append(f'  {n:12} {x.training.epochs:>4} epochs {duration(seconds[x.key]):>9}   from {", ".join(sorted({_short(seeds[0], p) for p in x.parents})) or "random weights" * (x.init is None) or x.init}')
-        before |= own
-    b = bill(s, rt, data)
-    lines += ['', f'{b["stages"]} stages, {b["trainings"]} of them trainings; without sharing {b["stages apart"]} and {b["trainings apart"]}: {1 - b["work"] / b["work apart"]:.0%} of the work is saved',
-              f'about {duration(sum(seconds.values()))} of computing on this machine ({rt.device}, {rt.precision}), {duration(makespan(s.stages, seconds, workers))} with {workers} at a time, at least {duration(max(urgency(s.stages, seconds).values()))} with any number; {b["bytes"] / 1e6:,.0f} MB on disk']
-    return '\n'.join(lines)
-
 def _short(stages, parent):
     "What a parent is called within its seed; a pruning is named after what it prunes."
     names = {s.key: n for n, s in stages.items()}
     return names.get(parent.key) or f'{names[parent.parent.key]}, pruned'
+
+def _stage_line(stages, name, seconds):
+    "One stage of the first seed: epochs, time, and what it starts from."
+    s = stages[name]
+    parents = ', '.join(sorted({_short(stages, p) for p in s.parents}))
+    origin = parents or ('random weights' if s.init is None else s.init)
+    time = duration(seconds[s.key])
+    return f'  {name:12} {s.training.epochs:>4} epochs {time:>9}   from {origin}'
+
+def _recipe_lines(r, seeds, seconds, before):
+    "What a recipe adds to the keys `before`."
+    own = {s.key for s in stages_of(seeds)}
+    shared = f', {len(own & before)} of them shared with recipes above' if own & before else ''
+    head = f'{slug(r)}: {r.seeds} seed{"s" * (r.seeds > 1)}, {len(own)} stages{shared}'
+    new = [n for n, s in seeds[0].items() if s.key not in before]
+    return [head, *(_stage_line(seeds[0], n, seconds) for n in new)]
+
+# %% ../nbs/engine/scale.ipynb #9d1f0b14
+def _sum_lines(s, rt, b, seconds, workers):
+    "The end of a plan: what is saved, and how long it will take."
+    saved = 1 - b['work'] / b['work apart']
+    whole, side = sum(seconds.values()), makespan(s.stages, seconds, workers)
+    least = max(urgency(s.stages, seconds).values())
+    return [f'{b["stages"]} stages, {b["trainings"]} of them trainings; without sharing '
+            f'{b["stages apart"]} and {b["trainings apart"]}: {saved:.0%} of the work is saved',
+            f'about {duration(whole)} of computing on this machine ({rt.device}, '
+            f'{rt.precision}), {duration(side)} with {workers} at a time, at least '
+            f'{duration(least)} with any number; {b["bytes"] / 1e6:,.0f} MB on disk']
+
+def dry_run(recipes,          # list of `Recipe`
+            rt: Runtime,      # how each stage would be computed
+            data_root=None,   # folder with downloaded datasets
+            workers: int = 1, # stages at a time
+           ) -> str:          # a text to be printed
+    "What a sweep would compute, what sharing saves, and a guess of its time."
+    data = functools.cache(lambda r: sizes(r, data_root))
+    s, fast = Sweep(recipes, rt, data), speeds(rt)
+    seconds = {k: w / fast[paper.family(s.recipe[k].arch)] for k, w in s.work.items()}
+    lines, before = [], set()
+    for r, seeds in zip(s.recipes, s.seeds):
+        lines += _recipe_lines(r, seeds, seconds, before)
+        before |= {x.key for x in stages_of(seeds)}
+    return '\n'.join([*lines, '', *_sum_lines(s, rt, bill(s, rt, data), seconds, workers)])
 
 # %% ../nbs/engine/scale.ipynb #e36bbdd0
 class Entry(NamedTuple):
@@ -318,7 +454,10 @@ class Entry(NamedTuple):
     note: str = ''     # accuracy, or what is wrong
 
 def _bytes(path):
-    try: return sum(f.lstat().st_size for f in ([path] if not path.is_dir() or path.is_symlink() else path.rglob('*')) if not f.is_dir())
+    is_folder = path.is_dir() and not path.is_symlink()
+    try:
+        files = [f for f in (path.rglob('*') if is_folder else [path]) if not f.is_dir()]
+        return sum(f.lstat().st_size for f in files)
     except OSError: return 0
 
 def _record(path):
@@ -326,22 +465,30 @@ def _record(path):
     except (OSError, ValueError, RecursionError): found = None
     return found if isinstance(found, dict) else {}
 
+# %% ../nbs/engine/scale.ipynb #9d1f0b15
+def _named(home):
+    "The stages that a report names, by the names of their folders."
+    try: record = read_record(home)
+    except UserError as e:
+        said = (f'{str(home/"run.json")!r} cannot be read, so nobody knows what it uses; '
+                'mend or delete it')
+        raise UserError(said) from e
+    runs = (record['seeds'], *record.get('earlier', ()))
+    return [f for seeds in runs for stages in seeds for f in stages.values()]
+
 def users(root: Path) -> dict: # name of a stage's folder → reports that need it
     "Who needs which stage: the stages of each report and study, and all their ancestors."
-    found, homes = {}, sorted(p.parent for n in ('reports', 'studies') for p in (root/n).rglob('run.json'))
-    folders = {p.name.rsplit('-', 1)[-1]: p.name for p in root.glob('*-*')}
-    for home in homes:
+    folders, found = {p.name.rsplit('-', 1)[-1]: p.name for p in root.glob('*-*')}, {}
+    records = [p for n in ('reports', 'studies') for p in (root/n).rglob('run.json')]
+    for home in sorted(p.parent for p in records):
         name = home.relative_to(root).as_posix().removeprefix('reports/')
-        try: record = read_record(home)
-        except UserError as e:
-            said = f'{str(home/"run.json")!r} cannot be read, so nobody knows what it uses; mend or delete it'
-            raise UserError(said) from e
-        runs = (record['seeds'], *record.get('earlier', ()))
-        left = [f for seeds in runs for stages in seeds for f in stages.values()]
+        left = _named(home)
         while left:
-            f = left.pop()
-            if name in found.setdefault(f, []): continue
-            found[f].append(name); left += [folders[k] for k in _record(root/f/'manifest.json').get('parents', ()) if k in folders]
+            folder = left.pop()
+            if name in found.setdefault(folder, []): continue
+            found[folder].append(name)
+            parents = _record(root/folder/'manifest.json').get('parents', ())
+            left += [folders[k] for k in parents if k in folders]
     return found
 
 # %% ../nbs/engine/scale.ipynb #9b684739
@@ -354,59 +501,78 @@ def _entry(p, used):
     need, done = tuple(used.get(m[1], ())), (p.parent/m[1]).is_dir()
     if m[2]: return None if done else Entry(p, 'unfinished', _bytes(p), need)
     accuracy = _record(p/'manifest.json').get('metrics', {}).get('accuracy')
-    return Entry(p, 'stage', _bytes(p), need, 'no readable manifest' if accuracy is None else f'{accuracy:.2%}')
+    said = 'no readable manifest' if accuracy is None else f'{accuracy:.2%}'
+    return Entry(p, 'stage', _bytes(p), need, said)
 
+def _checked(e):
+    "A stage with what is wrong with its files, if anything is."
+    try: read_manifest(e.path)
+    except (DamagedFile, StoreError) as error: return e._replace(note=str(error))
+    return e
+
+def _locks(root, found, used):
+    "Locks, with who needs what they guard; that of a stage which is gone is nobody's."
+    names = [_STAGE.fullmatch(e.path.name) for e in found if e.users]
+    there = {m[1] for m in names if m}
+    def needing(name):
+        if name == 'records': return ('every report',)
+        return tuple(used.get(name, ())) if name in there else ()
+    locks = sorted(root.glob('.locks/*'))
+    return [Entry(p, 'lock', _bytes(p), needing(p.stem)) for p in locks]
+
+# %% ../nbs/engine/scale.ipynb #9d1f0b16
 def inventory(root,                # a run folder
               check: bool = False, # compare every file with its checksum?
              ) -> list[Entry]:
-    "Everything in a run folder that belongs to a stage, with its users, and what killed processes left."
+    "Everything in a run folder that belongs to a stage, with its users, and what was left."
     root = Path(root)
     if not (root/'store.json').is_file(): raise UserError(f'{str(root)!r} is no run folder')
-    used, found = users(root), []
-    for p in sorted(root.iterdir()):
-        if (e := _entry(p, used)) is None: continue
-        if check and e.what == 'stage':
-            try: read_manifest(p)
-            except (DamagedFile, StoreError) as error: e = e._replace(note=str(error))
-        found.append(e)
+    used = users(root)
+    found = [e for p in sorted(root.iterdir()) if (e := _entry(p, used))]
+    if check: found = [_checked(e) if e.what == 'stage' else e for e in found]
     found += [Entry(p, 'left behind', _bytes(p), ()) for p in leftovers(root)]
     found += [Entry(p, 'damaged', _bytes(p), ()) for p in sorted(root.glob('damaged/*'))]
-    there = {m[1] for e in found if (m := _STAGE.fullmatch(e.path.name)) and e.users}
-    def needing(lock): return ('every report',) if lock == 'records' else used.get(lock, ()) if lock in there else ()
-    locks = sorted(root.glob('.locks/*'))
-    return found + [Entry(p, 'lock', _bytes(p), tuple(needing(p.stem))) for p in locks]
+    return found + _locks(root, found, used)
+
+def _megabytes(entries): return f'{sum(e.bytes for e in entries) / 1e6:,.1f} MB'
 
 def inventory_table(entries, root) -> str:
     "An inventory as a table, its sum and what nothing uses."
-    size = lambda es: f'{sum(e.bytes for e in es) / 1e6:,.1f} MB'
     rows = [f'{"":34} {"what":12} {"MB":>8}  {"accuracy":9} used by']
     for e in entries:
-        if e.what != 'lock': rows.append(f'{e.path.relative_to(root).as_posix()[:34]:34} {e.what:12} {e.bytes / 1e6:8.2f}  {e.note:9} {", ".join(e.users) or "nothing"}')
-    unused = [e for e in entries if not e.users]
-    return '\n'.join([*rows, f'{len(entries)} entries (locks: {sum(e.what == "lock" for e in entries)}), {size(entries)}; {len(unused)} of them used by nothing, {size(unused)}'])
+        if e.what == 'lock': continue
+        name, who = e.path.relative_to(root).as_posix()[:34], ', '.join(e.users) or 'nothing'
+        rows.append(f'{name:34} {e.what:12} {e.bytes / 1e6:8.2f}  {e.note:9} {who}')
+    unused, locks = [e for e in entries if not e.users], sum(e.what == 'lock' for e in entries)
+    rows.append(f'{len(entries)} entries (locks: {locks}), {_megabytes(entries)}; '
+                f'{len(unused)} of them used by nothing, {_megabytes(unused)}')
+    return '\n'.join(rows)
 
 # %% ../nbs/engine/scale.ipynb #c2785cff
-def busy(root) -> list[str]:
-    "Who holds locks of a run folder."
-    found = []
-    for p in sorted(Path(root).glob('.locks/*.lock')):
-        if is_held(p): found.append(f'{_owner(p)} is working on {p.stem}')
-    return found
-
 def _owner(lock):
     try: return lock.with_suffix('.owner').read_text(encoding='utf-8')[:200]
     except (OSError, ValueError): return 'another process'
+
+def busy(root) -> list[str]:
+    "Who holds locks of a run folder."
+    held = [p for p in sorted(Path(root).glob('.locks/*.lock')) if is_held(p)]
+    return [f'{_owner(p)} is working on {p.stem}' for p in held]
+
+def _remove(path, root):
+    "Rename, then delete."
+    aside = temporary(root/path.name.lstrip('.'), 'removed')
+    try:
+        os.rename(path, aside)
+        if aside.is_dir() and not aside.is_symlink(): shutil.rmtree(aside)
+        else: aside.unlink()
+    except FileNotFoundError: return                             # somebody else was faster
+    except OSError as error:
+        raise StoreError(f'cannot remove {str(path)!r}: {error.strerror}') from error
 
 def clean(root) -> list[Entry]: # what was removed
     "Remove what nothing uses from a run folder."
     root = Path(root)
     if who := busy(root): raise KesiError(f'{who[0]}; clean {str(root)!r} when it is finished')
     gone = [e for e in inventory(root) if not e.users]
-    for e in gone:
-        aside = temporary(root/e.path.name.lstrip('.'), 'removed')
-        try:
-            os.rename(e.path, aside)
-            shutil.rmtree(aside) if aside.is_dir() and not aside.is_symlink() else aside.unlink()
-        except FileNotFoundError: continue                               # somebody else was faster
-        except OSError as error: raise StoreError(f'cannot remove {str(e.path)!r}: {error.strerror}') from error
+    for e in gone: _remove(e.path, root)
     return gone

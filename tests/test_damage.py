@@ -187,6 +187,17 @@ def test_a_manifest_with_a_checksum_but_without_sense(copy, tiny, change):
     drive.same(out, tiny[1])
     assert 'set aside' in said[0]
 
+def test_numbers_changed_by_hand(copy, tiny):
+    out, said = copy(), []
+    path = next(out.glob('retrain-*/manifest.json'))
+    m = json.loads(path.read_text())
+    m['metrics']['accuracy'] = 1.
+    path.write_text(json.dumps(m))
+    with pytest.raises(DamagedFile, match='its own checksum'): store.read_manifest(path.parent)
+    drive.go(out, drive.TINY, drive.blobs(), said.append)
+    drive.same(out, tiny[1])
+    assert 'set aside' in said[0]
+
 # Working folders
 
 @pytest.fixture(scope='module')

@@ -8,7 +8,7 @@ from kesi.runtime import Diverged, Runtime, StoreError, locked
 def finished_at_last(out, good, tiny=True, log=None):
     assert drive.finish(out, tiny=tiny, log=log) == 0, out.with_suffix('.log').read_text()
     drive.same(out, good)
-    assert not drive.debris(out)
+    assert not drive.debris(out) and not (out/'damaged').exists()
 
 def watched(out, tiny=True):
     "The operations of a run that nothing disturbs, by the name of what each puts in its place."
@@ -21,7 +21,7 @@ def all_of_them(tmp_path_factory): return watched(tmp_path_factory.mktemp('watch
 
 # SIGKILL
 
-FILES = ('store.json', 'run.json', 'checkpoint', 'report.json', 'report.md')
+FILES = ('store.json', 'run.json', 'checkpoint', 'manifest.json', 'report.json', 'report.md')
 FOLDERS = ('prune-', 'distill-')                          # are renamed, not written
 SELECTED = [(which, moment) for which in FILES for moment in drive.MOMENTS]
 SELECTED += [(which, moment) for which in FOLDERS for moment in ('before', 'after')]

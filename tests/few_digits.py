@@ -1,4 +1,4 @@
-"Networks run once by the command, on a few digits. Usage: few_digits.py METHOD NETWORK…"
+"Networks run once by the command, on a few digits. Usage: few_digits.py METHOD/NETWORK…"
 import dataclasses, json, sys
 from pathlib import Path
 from kesi import cli, data, report
@@ -9,9 +9,8 @@ few = dataclasses.replace(full, train=first(full.train, 10), test=first(full.tes
 data._LOADERS['digits'] = lambda name, root: few
 data._load.cache_clear()
 
-method, *networks = sys.argv[1:]
-out = f'runs-{method}'
-for arch in networks:
+for method, arch in (word.split('/') for word in sys.argv[1:]):
+    out = f'runs-{method}'
     args = [f'digits/{arch}', '--method', method, '--seeds', '1', '--budget', '0.001',
             '--set', 'iterations=1', '--set', 'variants=kesi', '--threads', '1', '--out', out]
     assert cli.kesi_run(args) == 0, arch

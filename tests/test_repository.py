@@ -56,7 +56,7 @@ def test_lines_fit_the_page(path):
     assert bool(long) == (path.stem in TOO_WIDE), f'{len(long)} lines are longer, first {long[:1]}'
 
 
-# Modules with such lines; those of nbdev's own (the docstring and __all__) are above the first cell.
+# Modules with such lines. What nbdev writes (the docstring, __all__) stands above the first cell.
 WIDE_MODULES = {'pipeline', 'studies'}
 
 @pytest.mark.parametrize('path', sorted((ROOT/'kesi').glob('[!_]*.py')), ids=lambda p: p.stem)

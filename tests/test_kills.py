@@ -1,5 +1,5 @@
 "A run that is killed, stopped or starved goes on where it was, and ends with the same bits."
-import itertools, json, os, shutil, signal, subprocess, time
+import errno, itertools, json, os, shutil, signal, subprocess, time
 from dataclasses import replace
 import drive, pytest, torch
 from kesi import cli, pipeline, store, training
@@ -183,6 +183,19 @@ MANY_LIMITS = 0, 100, 1_000, 5_000, 100_000, 200_000, 300_000, 320_000, 500_000
     FEW_LIMITS, pytest.param(MANY_LIMITS, marks=pytest.mark.soak)), ids=('few', 'many'))
 def test_limits_on_file_sizes(tmp_path, tiny, limits):
     starved(tmp_path/'runs', tiny[1], limits, tmp_path/'log')
+
+def test_a_full_disk_leaves_no_half_stage(tmp_path, tiny, monkeypatch):
+    "A stage is trained, and then cannot be written; when there is room again, it is not repeated."
+    out = tmp_path/'runs'
+    def full(path, content): raise OSError(errno.ENOSPC, 'No space left on device')
+    with monkeypatch.context() as m:
+        m.setattr(store, 'write_atomic', full)
+        with pytest.raises(StoreError, match='cannot finish .*baseline.*No space left'):
+            drive.go(out, drive.TINY, drive.blobs())
+        (checkpoint,) = out.glob(f'.*.partial/{CHECKPOINT}')
+        assert epochs_in(checkpoint) == drive.TINY.epochs and len(drive.debris(out)) == 1
+    drive.go(out, drive.TINY, drive.blobs())
+    drive.same(out, tiny[1])
 
 def mount(*options):
     "Mount a file system: was that allowed?"

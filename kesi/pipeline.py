@@ -27,8 +27,10 @@ from .store import Helpers, Progress, Store, by_urgency, stages_of
 from .training import fit
 
 # %% ../nbs/08_kesi.ipynb #5bc4a435
-def _given(values) -> dict: return {f.name: v for f in fields(values)
-                                    if (v := getattr(values, f.name)) is not None}
+def _given(values) -> dict:
+    "The fields that are not None."
+    named = {f.name: getattr(values, f.name) for f in fields(values)}
+    return {n: v for n, v in named.items() if v is not None}
 
 def _plain(v):
     "A value as JSON can hold it: stages become their keys, fields that are None are left out."
@@ -85,6 +87,8 @@ class Prune(Stage):
     by: str | None = None        # filters: another ranking than l1
 
 # %% ../nbs/08_kesi.ipynb #37d025c3
+#| code-fold: true
+#| code-summary: "The two other kinds: Retrain and Distill"
 #| code-fold: true
 #| code-summary: "The two other kinds: Retrain and Distill"
 @dataclass(frozen=True)

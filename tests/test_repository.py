@@ -52,15 +52,13 @@ def test_lines_fit_the_page(path):
     assert not long, f'{len(long)} lines are longer than 100, first {long[:1]}'
 
 
-# Modules with such lines; those of nbdev's own (the docstring and __all__) are above the first cell.
-WIDE_MODULES = {'pipeline', 'studies'}
-
 @pytest.mark.parametrize('path', sorted((ROOT/'kesi').glob('[!_]*.py')), ids=lambda p: p.stem)
 def test_lines_of_the_package_are_short(path):
+    "Those of nbdev's own, the docstring and __all__, are above the first cell."
     _, *cells = re.split(r'^# %% \.\./nbs/.*$', path.read_text(), flags=re.M)
     assert cells
     long = [line for cell in cells for line in cell.split('\n') if len(line) > 100]
-    assert not long or path.stem in WIDE_MODULES, f'{len(long)} are longer, first {long[:1]}'
+    assert not long, f'{len(long)} are longer, first {long[:1]}'
 
 
 # of prose, and of code that is neither hidden nor folded: a quarter of an hour

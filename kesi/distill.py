@@ -6,6 +6,8 @@
 __all__ = ['kd_loss', 'kd_objective', 'distill', 'freeze', 'Teachers', 'Lessons']
 
 # %% ../nbs/07_kd_loss.ipynb #3a04e4e3
+#| code-fold: true
+#| code-summary: "Imports"
 import torch, torch.nn.functional as F
 from torch import nn
 from .data import Dataset

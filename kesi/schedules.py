@@ -6,6 +6,8 @@
 __all__ = ['Training', 'learning_rates', 'momenta']
 
 # %% ../nbs/05_lr_restarts.ipynb #a5c00001
+#| code-fold: true
+#| code-summary: "Imports"
 import math
 from dataclasses import dataclass
 from .paper import UserError

@@ -474,7 +474,7 @@ def load(path,          # a file of `save`
                     f'load(path, factory), where factory() builds the unpruned {name}')
 
 # %% ../nbs/use/compress.ipynb #c0a1d002
-import contextlib, functools, hashlib, inspect, math, random, tempfile, time
+import contextlib, functools, hashlib, inspect, itertools, math, random, tempfile, time
 import numpy as np, torch.nn.functional as F
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 from torch.utils.data import SequentialSampler, Subset, SubsetRandomSampler, TensorDataset
@@ -487,7 +487,7 @@ from .paper import Recipe
 from .pipeline import Distill, Numerics, Prune, Retrain, Stage, chains, trainings
 from .runtime import Diverged, Runtime, auto, derive_seed, digest
 from .store import Progress, Store, stages_of
-from .training import evaluate, fit, loaders
+from .training import answers, evaluate, fit, loaders
 
 # %% ../nbs/use/compress.ipynb #624ef713
 def _refuse_batch(batch):
@@ -997,16 +997,19 @@ class Cut(Prune):
         return cut_to(network(self.parent), self.shape, self.widths, bool(self.streams)), []
 
 # %% ../nbs/use/compress.ipynb #cad514fa
+def _objective(loss):
+    "The caller's loss, as `fit` wants it; soft labels reach it as they are."
+    def objective(net, x, y):
+        z = net(x)
+        return loss(z, getattr(y, 'soft', y)), z
+    return objective
+
 @dataclass(frozen=True)
 class Again(Retrain):
     "Train a pruned network on, with the caller's loss."
     loss: str = 'cross-entropy'
     def compute(self, network, data, rt, **kw):
-        loss = data.losses[self.loss]
-        def objective(net, x, y):
-            z = net(x)
-            return loss(z, getattr(y, 'soft', y)), z
-        seed = (self.seed, 'retrain', self.step)
+        objective, seed = _objective(data.losses[self.loss]), (self.seed, 'retrain', self.step)
         return fit(network(self.parent), data, self.training, objective, seed=seed, rt=rt, **kw)
 
 # %% ../nbs/use/compress.ipynb #e7b759bf
@@ -1028,14 +1031,15 @@ def chain(r: Recipe,      # the recipe of the run
           streams: bool,  # are residual streams cut?
           loss: str,      # name of the loss
           widths: list,   # of the groups that may be cut, after each pruning
+          optimizer: str = 'sgd', # of the retrainings
          ) -> dict[str, Stage]: # by name, parents before children
     "The stages of one seed, as `pipeline.graph` has them for our own networks."
     t, stages, on = trainings(r), {'baseline': first}, first.on
     for name in chains(r):
-        last = first
+        last, how = first, dataclasses.replace(t[name], optimizer=optimizer)
         for i, w in enumerate(widths, 1):
             small = Cut(parent=last, on=on, shape=shape, streams=streams or None, widths=w)
-            last = Again(parent=small, training=t[name], seed=seed, step=i, on=on, loss=loss)
+            last = Again(parent=small, training=how, seed=seed, step=i, on=on, loss=loss)
             stages[f'{name} {i}'] = last
     if 'kesi' in r.variants:
         snapshots = tuple(s for n, s in stages.items() if not n.startswith('pfec'))
@@ -1192,6 +1196,83 @@ def _runtime(rt):
     if rt.processes > 1: raise UserError('compress works in one process; start it without torchrun')
     return rt
 
+# %% ../nbs/use/compress.ipynb #c0a1d032
+_RATES = {'sgd': (.3, .1, .03, .01, .003, .001),
+          **dict.fromkeys(('adam', 'adamw'), (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5))}
+
+def _check_lr(lr, optimizer):
+    "A rate must suit its optimizer."
+    if optimizer not in _RATES:
+        raise UserError(f'optimizer must be one of {", ".join(_RATES)}; got {optimizer!r}')
+    number = isinstance(lr, (int, float)) and not isinstance(lr, bool)
+    if not number and lr not in (None, 'auto'):
+        raise UserError(f"lr must be a number above 0, or 'auto'; got {lr!r}")
+    if number and optimizer != 'sgd' and lr >= .1:
+        raise UserError(f"lr={lr:g} is a rate of SGD; those of {optimizer} are about a hundredth "
+                        f"of it: give lr=.001, or lr='auto' for a short test")
+
+class _Some:
+    "Some batches of one and the same epoch; the same interface as `Batches`."
+    def __init__(self, batches, start, stop, seed):
+        self.batches, self.start, self.stop, self.seed = batches, start, stop, (seed, 'lr')
+        self.images = len(self)
+    def __len__(self): return self.stop - self.start
+    def __iter__(self): return self.epoch()
+    def epoch(self, *_):
+        seeded = drawn([torch.default_generator], *self.seed)
+        with seeded, contextlib.closing(self.batches.epoch(*self.seed)) as batches:
+            yield from itertools.islice(batches, self.start, self.stop)
+
+class _Trial:
+    "A few training images to learn from, and others to choose by."
+    def __init__(self, source, seed): self.source, self.seed = source, seed
+    def loaders(self, batch, rt):
+        every = self.source.loaders(batch, rt)[0]
+        held = min(8, max(1, len(every) // 10))
+        if len(every) < 2:
+            raise UserError(f"lr='auto' needs at least two batches of training images; got "
+                            f"{len(every)} of {batch}. Give lr, or smaller batches")
+        stop = min(len(every), held + 50)
+        return _Some(every, held, stop, self.seed), _Some(every, 0, held, self.seed)
+
+# %% ../nbs/use/compress.ipynb #c0a1d033
+def _lr_trials(net,        # pruned, not yet trained on
+               source,     # the data
+               training,   # of a restart
+               loss,       # logits, labels → loss
+               rt,
+               seed: int = 0,
+              ) -> dict:   # rate → mean loss on what was held out, and its standard error
+    "What a short restart at each rate makes of a network; rates that diverge are left out."
+    trial, found = _Trial(source, seed), {}
+    for lr in _RATES[training.optimizer]:
+        short = dataclasses.replace(training, epochs=1, lr=lr)
+        try: tried, _ = fit(net, trial, short, _objective(loss), seed=(seed, 'lr'), rt=rt)
+        except Diverged: continue
+        with rt.active():
+            held = trial.loaders(training.batch, rt)[1]
+            each = F.cross_entropy(*answers(rt.place(tried), held, rt), reduction='none').double()
+        found[lr] = each.mean().item(), (each.std() / len(each)**.5).item()
+    if not found: raise Diverged(f'no rate from {min(_RATES[training.optimizer]):g} up can train '
+                                 f'this network; are its images scaled as they were?')
+    return found
+
+def _proposed(trials) -> float:
+    "The largest rate whose loss is within one standard error of the lowest."
+    lowest, error = min(trials.values())
+    return max(lr for lr, (loss, _) in trials.items() if loss <= lowest + error)
+
+def _with_lr(r, net, data, cuts, streams, optimizer, rt, say):
+    "The recipe with a rate that a short test proposes."
+    first = cut_to(net, data.size, cuts.widths[0], streams)
+    training = dataclasses.replace(trainings(r)['one-cycle'], optimizer=optimizer)
+    trials = _lr_trials(first, data, training, *data.losses.values(), rt)
+    lr = _proposed(trials)
+    losses = ', '.join(f'{n:g}: {loss:.3f}' for n, (loss, _) in trials.items())
+    say(f'lr={lr:g} is proposed ({optimizer}; loss of held-out training images after a short '
+        f'restart at {losses})')
+    return dataclasses.replace(r, retrain_lr=lr)
+
 # %% ../nbs/use/compress.ipynb #c0a1d023
 def _held_out(train, valid):
     "A share of the training data, apart."
@@ -1243,14 +1324,14 @@ def _say_zeros(net, say):
         'they are taken as pruned and stay zero')
 
 @contextlib.contextmanager
-def _told(say, named, lr):
+def _told(say, named, lr, ask):
     "Say what to do where a run stops."
     try: yield
     except KeyboardInterrupt:
         again = 'goes on from here' if named else 'would go on'
         say(f'stopped; {"" if named else "with a name= "}the same call {again}')
         raise
-    except Diverged as e: raise Diverged(f'{e} (lr={lr:g} was given)') from e
+    except Diverged as e: raise Diverged(f'{e} (lr={lr:g} was {"proposed" if ask else "given"})') from e
 
 # %% ../nbs/use/compress.ipynb #6f54b503
 def compress(net: nn.Module,          # trained: images → logits; or what `compress` returned; stays
@@ -1261,7 +1342,8 @@ def compress(net: nn.Module,          # trained: images → logits; or what `com
              rates=.1,                # share of the filters to remove per pruning: see `spread`
              target=None,             # {'macs': .5}; or params, bytes, milliseconds, accuracy_drop
              epochs: int = 10,        # of each retraining; the distillation takes twice as many
-             lr: float = .1, # peak of the restarts: the large rate of the original training
+             lr: float | str | None = .1, # peak of the restarts; 'auto' or None: a short test
+             optimizer: str = 'sgd',  # of the retrainings: sgd, adam or adamw; lr is then its own
              loss='cross-entropy',    # one of LOSSES, or a function: logits, labels → loss
              valid=None, # data, or a share of `train`, to choose by; then `test` is last
              multiple: int | None = None, # of widths; None: 8 in wide layers of a net not ours
@@ -1276,6 +1358,7 @@ def compress(net: nn.Module,          # trained: images → logits; or what `com
     origin = net.factory if isinstance(net, Compressed) else None
     net = check_network(net.network if isinstance(net, Compressed) else net)
     rt, say = _runtime(rt), say or (lambda line: None)
+    _check_lr(lr, optimizer)
     goal, loss_name = target_of(target), _loss_name(loss)
     if goal and goal.kind == 'accuracy_drop' and valid is None:
         raise UserError('accuracy_drop decides by an accuracy, which must not be that of the test '
@@ -1283,13 +1366,15 @@ def compress(net: nn.Module,          # trained: images → logits; or what `com
                         'as .1')
     data, final, share = _judged(net, train, test, valid, name, version, say)
     data.losses = {loss_name: LOSSES.get(loss_name, loss)}
-    r = _recipe(net, name, seeds, epochs, lr, settings, data.batch)
+    ask = lr in (None, 'auto')
+    r = _recipe(net, name, seeds, epochs, .1 if ask else lr, settings, data.batch)
     r = dataclasses.replace(r, valid=share)
     cuts = plan(net, data.size, rates, target, r.iterations, multiple, streams)
     say(cuts.text)
     _say_zeros(net, say)
-    job = _Job(copy.deepcopy(net).cpu(), data, final, r, cuts, streams, rt, say, origin)
-    with _told(say, bool(name), lr):
+    if ask: r = _with_lr(r, net, data, cuts, streams, optimizer, rt, say)
+    job = _Job(copy.deepcopy(net).cpu(), data, final, r, cuts, streams, rt, say, origin, optimizer)
+    with _told(say, bool(name), r.retrain_lr, ask):
         with contextlib.nullcontext(out) if name else tempfile.TemporaryDirectory() as root:
             return job.run(Path(root), bool(name))
 
@@ -1306,6 +1391,7 @@ class _Job:
     rt: Runtime
     say: object
     origin: object      # builds the network before it was ever cut; None: the one given is unpruned
+    optimizer: str = 'sgd'   # of the retrainings
 
     def run(self, root, named):
         store = Strangers(root, self.net, self.data.size, self.say)
@@ -1319,7 +1405,7 @@ class _Job:
         r, (loss, *_) = self.recipe, self.data.losses
         on = Numerics(self.data.digest, tuple(sorted(self.rt.numerics.items())))
         first = Trained(type(self.net).__name__, _weights(self.net), on)
-        how = self.data.size, self.streams, loss, self.plan.widths
+        how = self.data.size, self.streams, loss, self.plan.widths, self.optimizer
         return [chain(r, seed, first, *how) for seed in range(r.seeds)]
 
 @patch

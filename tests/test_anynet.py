@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_pil_image
 from strangers import FACTORIES, SHAPE, Handmade, names, pruned
 import kesi
-from kesi import deploy, paper
+from kesi import anynet, deploy, paper
 from kesi.anynet import (MEASURES, Source, _Graph, _groups, _kept, cut, cut_to, free, groups, load, plan,
                          save, spread, widths_left)
 from kesi.data import load as load_data
@@ -537,3 +537,43 @@ def test_soft_labels(digits):
     s = kesi.compress(Tiny(), loader, digits[1], **how)
     losses = [h['train_loss'] for h in s.history['one-cycle 1']]
     assert losses[0] > -(.7 * torch.tensor(.7).log() + .3 * torch.tensor(.3).log()) - 1e-6     # entropy of the labels
+
+# The learning rate
+
+def test_adamw_retrains_with_its_own_rate(digits, tmp_path):
+    "AdamW is another training; SGD's stages keep their keys."
+    torch.manual_seed(0)
+    net, how = Tiny(), quick(variants=('one-cycle',), lr=.002)
+    def once(**kw): return kesi.compress(net, *digits, name='d', out=tmp_path, **{**how, **kw})
+    sgd, adamw = once(), once(optimizer='adamw')
+    stages = [json.loads(p.read_text())['stage'] for p in tmp_path.glob('retrain-*/manifest.json')]
+    assert sorted(s['training']['optimizer'] for s in stages) == ['adamw', 'sgd']
+    assert adamw.history['one-cycle 1'][0]['train_loss'] != sgd.history['one-cycle 1'][0]['train_loss']
+
+@pytest.mark.parametrize('kind', ('tensors', 'loader', 'ours'))
+def test_a_learning_rate_is_proposed(digits, kind):
+    "By training images alone, the same twice, and said."
+    torch.manual_seed(0)
+    net, said, (x, y) = Tiny(), [], digits[0]
+    train = {'tensors': (x, y), 'loader': DataLoader(Rows(x, y), 64, shuffle=True),
+             'ours': load_data('digits')}[kind]
+    test = [None] * 2 if kind == 'ours' else [digits[1], (digits[1][0], digits[1][1].flip(0))]
+    how = {k: v for k, v in quick().items() if kind != 'loader' or k != 'retrain_batch'}
+    how |= dict(lr='auto', optimizer='adamw', variants=('one-cycle',), say=said.append)
+    rates = [kesi.compress(net, train, t, **how).report['recipe']['retrain_lr'] for t in test]
+    told = [line for line in said if 'is proposed' in line]
+    assert rates[0] == rates[1] in anynet._RATES['adamw'] and told[0] == told[1]
+    assert told[0].startswith(f'lr={rates[0]:g} is proposed (adamw; loss of held-out training')
+
+def test_the_largest_rate_within_one_standard_error():
+    trials = {.3: (2., .1), .1: (1.05, .1), .03: (1., .06), .01: (1.2, .06)}
+    assert anynet._proposed(trials) == .1
+    assert anynet._proposed({**trials, .1: (1.07, .1)}) == .03
+
+def test_rates_that_do_not_suit(digits):
+    for wrong, match in ((dict(optimizer='rmsprop'), "sgd, adam, adamw; got 'rmsprop'"),
+                         (dict(optimizer='adamw', lr=.1), 'lr=0.1 is a rate of SGD'),
+                         (dict(lr='fast'), "or 'auto'; got 'fast'"),
+                         (dict(lr='auto', retrain_batch=300), 'at least two batches .* got 1 of')):
+        with pytest.raises(UserError, match=match):
+            kesi.compress(Tiny(), *digits, **{**quick(), **wrong})

@@ -1273,6 +1273,28 @@ def _with_lr(r, net, data, cuts, streams, optimizer, rt, say):
         f'restart at {losses})')
     return dataclasses.replace(r, retrain_lr=lr)
 
+# %% ../nbs/use/compress.ipynb #c0a1d035
+def _budgeted(epochs, total, settings):
+    "Epochs of the retraining, and the settings, for a budget of epochs in all."
+    if total is None: return epochs, settings
+    number = isinstance(total, int) and not isinstance(total, bool)
+    if not number or total < 2:
+        raise UserError(f'total_epochs must be a whole number from 2; got {total!r}')
+    for n in ('iterations', 'distill_epochs', 'variants'):
+        if n not in settings: continue
+        raise UserError(f'total_epochs is one cut, one restart, distilled: {n} is fixed by it; '
+                        f'leave out one of the two')
+    if epochs != 10:
+        raise UserError(f'give epochs (of each retraining) or total_epochs, not both; '
+                        f'got {epochs!r} and {total}')
+    restart = max(1, round(total / 3))
+    return restart, {**settings, 'iterations': 1, 'distill_epochs': total - restart}
+
+def _at_once(cuts):
+    "All prunings of a plan in one."
+    counts = [cuts.counts[0], cuts.counts[-1]]
+    return dataclasses.replace(cuts, widths=cuts.widths[-1:], counts=counts)
+
 # %% ../nbs/use/compress.ipynb #c0a1d023
 def _held_out(train, valid):
     "A share of the training data, apart."
@@ -1342,6 +1364,7 @@ def compress(net: nn.Module,          # trained: images → logits; or what `com
              rates=.1,                # share of the filters to remove per pruning: see `spread`
              target=None,             # {'macs': .5}; or params, bytes, milliseconds, accuracy_drop
              epochs: int = 10,        # of each retraining; the distillation takes twice as many
+             total_epochs: int | None = None, # the quick way: one cut, one restart, distilled
              lr: float | str | None = .1, # peak of the restarts; 'auto' or None: a short test
              optimizer: str = 'sgd',  # of the retrainings: sgd, adam or adamw; lr is then its own
              loss='cross-entropy',    # one of LOSSES, or a function: logits, labels → loss
@@ -1367,9 +1390,12 @@ def compress(net: nn.Module,          # trained: images → logits; or what `com
     data, final, share = _judged(net, train, test, valid, name, version, say)
     data.losses = {loss_name: LOSSES.get(loss_name, loss)}
     ask = lr in (None, 'auto')
+    epochs, settings = _budgeted(epochs, total_epochs, settings)
     r = _recipe(net, name, seeds, epochs, .1 if ask else lr, settings, data.batch)
     r = dataclasses.replace(r, valid=share)
-    cuts = plan(net, data.size, rates, target, r.iterations, multiple, streams)
+    times = 5 if total_epochs else r.iterations
+    cuts = plan(net, data.size, rates, target, times, multiple, streams)
+    if total_epochs: cuts = _at_once(cuts)
     say(cuts.text)
     _say_zeros(net, say)
     if ask: r = _with_lr(r, net, data, cuts, streams, optimizer, rt, say)

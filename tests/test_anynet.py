@@ -577,3 +577,18 @@ def test_rates_that_do_not_suit(digits):
                          (dict(lr='auto', retrain_batch=300), 'at least two batches .* got 1 of')):
         with pytest.raises(UserError, match=match):
             kesi.compress(Tiny(), *digits, **{**quick(), **wrong})
+
+# The quick way
+
+def test_a_budget_of_epochs_is_kept(digits):
+    "As many epochs as were asked for, of a network cut at once as deep as five prunings cut it."
+    torch.manual_seed(0)
+    net, how = Tiny(), dict(rates=.1, lr=.05, rt=RT, say=None)
+    s = kesi.compress(net, *digits, total_epochs=4, **how)
+    assert {n: len(h) for n, h in s.history.items() if h} == {'one-cycle 1': 1, 'kesi': 3}
+    assert s.plan.widths == plan(net, (1, 16, 16), rates=.1).widths[-1:]
+    for wrong, match in ((dict(total_epochs=1), 'whole number from 2; got 1'),
+                         (dict(total_epochs='4'), "whole number from 2; got '4'"),
+                         (dict(total_epochs=4, epochs=3), 'not both; got 3 and 4'),
+                         (dict(total_epochs=4, iterations=2), 'iterations is fixed by it')):
+        with pytest.raises(UserError, match=match): kesi.compress(net, *digits, **{**how, **wrong})

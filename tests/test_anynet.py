@@ -1,7 +1,7 @@
 "Networks that kesi did not build: cut through the graph, trained, stored, loaded elsewhere, and compressed."
 import copy, dataclasses, json, random, subprocess, sys
 from pathlib import Path
-import pytest, torch, torch.nn.functional as F, torch.nn.utils.prune
+import pytest, torch, torch.nn.functional as F, torch.nn.utils.prune, torchvision
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_pil_image
@@ -592,3 +592,57 @@ def test_a_budget_of_epochs_is_kept(digits):
                          (dict(total_epochs=4, epochs=3), 'not both; got 3 and 4'),
                          (dict(total_epochs=4, iterations=2), 'iterations is fixed by it')):
         with pytest.raises(UserError, match=match): kesi.compress(net, *digits, **{**how, **wrong})
+
+# Targets of recipes
+
+@pytest.mark.parametrize('arch, kind, value', (('resnet20', 'macs', .5), ('vgg16', 'params', .4),
+    ('resnet20', 'bytes', .6), ('resnet56', 'macs', .8), ('resnet20', 'macs', 2e6)))
+def test_rates_of_a_recipe_meet_a_target(arch, kind, value):
+    r = paper.recipe(f'digits/{arch}')
+    t = anynet.with_target(r, {kind: value}, (1, 16, 16))
+    nets = [build(Spec(arch, t.widths(i), in_channels=1)) for i in (0, t.iterations)]
+    whole, left = (MEASURES[kind][1](n, (1, 16, 16)) for n in nets)
+    goal = value if value > 1 else value * whole
+    assert .96 * goal <= left <= goal
+
+def test_targets_of_recipes_that_cannot_be_met():
+    r = paper.recipe('digits/resnet20')
+    for wrong, match in (({'macs': 1e-5}, 'cannot be reached in 5 prunings'), ({'macs': 0}, 'got 0'),
+                         ({'accuracy_drop': .01}, 'kesi.compress with valid='),
+                         ({'macs': 1e9}, 'meets the target')):
+        with pytest.raises(UserError, match=match): anynet.with_target(r, wrong, (1, 16, 16))
+    with pytest.raises(UserError, match='method=weights removes none'):
+        anynet.with_target(dataclasses.replace(r, method='weights'), {'macs': .5}, (1, 16, 16))
+
+def test_a_target_says_what_was_given():
+    assert anynet.target_of({'macs': .001}).text == '0.1% of the MACs'
+    assert anynet.target_of({'macs': .5}).text == '50% of the MACs'
+    assert anynet.target_of({'params': 12345}).text == '12,345 parameters'
+
+@pytest.mark.parametrize('name', ('handmade', 'resnet18', 'mobilenet_v2', 'squeezenet1_0'))
+def test_milliseconds_are_planned_by_a_clock(name, monkeypatch):
+    "The clock here is one that says the square root of the MACs: the plan meets it within 10 %."
+    net = Handmade() if name == 'handmade' else torchvision.models.get_model(name, num_classes=10)
+    def clock(net, small, shape, seconds=.7):
+        a, b = (count(n, shape).macs**.5 for n in (net, small))
+        return b / a, a
+    monkeypatch.setattr(anynet, '_time_share', clock)
+    p = plan(net.eval(), SHAPE, target={'milliseconds': .7}, iterations=1)
+    assert .63 <= (p.counts[-1].macs / p.counts[0].macs)**.5 <= .7
+
+def test_a_target_from_the_command_line(tmp_path, capsys, monkeypatch):
+    from kesi import cli, pipeline
+    ran = []
+    def run(r, *a, **kw):
+        ran.append(r)
+        raise UserError('enough')
+    monkeypatch.setattr(pipeline, 'run', run)
+    assert cli.kesi_run(['digits/resnet8', '--target', 'macs=.5']) == 2
+    assert ran[0].rates and 'target: 50% of the MACs. Planned: ' in capsys.readouterr().out
+    for wrong, match in (('macs=half', "must be written WHAT=NUMBER, such as macs=.5; got 'macs=half'"),
+                         ('macs', "got 'macs'"), ('flops=.5', 'with one of macs, params'),
+                         ('macs=-1', 'got -1.0'), ('macs=nan', 'got nan')):
+        try: code = cli.kesi_run(['digits/resnet8', '--target', wrong])
+        except SystemExit as e: code = e.code
+        said = capsys.readouterr().err
+        assert code == 2 and match in said and said.count('\n') == 1, said

@@ -1097,7 +1097,8 @@ def chain(r: Recipe,      # the recipe of the run
     if 'kesi' in r.variants:
         snapshots = tuple(s for n, s in stages.items() if not n.startswith('pfec'))
         stages['kesi'] = Distill(student=snapshots[-1], teachers=snapshots, training=t['kesi'],
-                                 temperature=r.temperature, reduction=r.reduction, seed=seed, on=on)
+                                 temperature=r.temperature, reduction=r.reduction, seed=seed, on=on,
+                                 views=r.views)
     return stages
 
 # %% ../nbs/use/compress.ipynb #8d21cd1b
@@ -1206,7 +1207,7 @@ def plot(self: Compressed, milliseconds: bool = True): # measure them too?
 _NOT_OURS = ('arch', 'data', 'init', 'method', 'shares', 'batch', 'schedule', 'milestones', 'gamma',
              'weight_decay')
 _CALLED = {'retrain_epochs': 'epochs', 'retrain_lr': 'lr'}
-_DISTILLS = ('temperature', 'reduction', 'distill_epochs', 'distill_batch', 'distill_lr')
+_DISTILLS = ('temperature', 'reduction', 'distill_epochs', 'distill_batch', 'distill_lr', 'views')
 _ONLY = {'small_lr': ('pfec',), **dict.fromkeys(_DISTILLS, ('kesi',)),
          **dict.fromkeys(('warmup', 'cycle_momentum'), ('one-cycle', 'kesi'))}
 
@@ -1381,6 +1382,64 @@ def _parts(train, test, valid):
     rest, apart = _held_out(train, valid)
     return rest, apart, (apart, test)
 
+# %% ../nbs/use/compress.ipynb #c0a1d039
+def _alone(loader) -> bool:
+    "Does an epoch of this DataLoader have a batch of a single image?"
+    batches = loader.batch_sampler or loader.sampler
+    size, drops = getattr(batches, 'batch_size', None), getattr(batches, 'drop_last', False)
+    if not isinstance(size, int) or not hasattr(batches, 'sampler'): return False
+    return size == 1 or (not drops and len(batches.sampler) % size == 1)
+
+def _needs_two(net, shape) -> bool:
+    "Does training fail with one image, as batch normalisation of 1×1 pixels does?"
+    net = copy.deepcopy(net).cpu().train()
+    x = torch.zeros(1, *shape, dtype=next(net.parameters()).dtype)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]): net(x)
+    except ValueError: return True
+    return False
+
+def _refuse_single(net, data, batch):
+    "A last batch of one image, where the network cannot learn from one."
+    loader = data._loader('train', batch).loader
+    if not _alone(loader) or not _needs_two(net, data.size): return
+    own = isinstance(data.given[0], DataLoader)
+    how = 'drop_last=True or another batch_size' if own else 'another retrain_batch, distill_batch'
+    raise UserError(f'of {data.images("train"):,} training images one is left over as a batch of '
+                    f'its own, which batch normalisation cannot take; give {how}')
+
+def _free_memory(rt) -> int | None:
+    "Bytes that are free where the run computes; None where nobody says."
+    if torch.device(rt.device).type == 'cuda': return torch.cuda.mem_get_info(rt.device)[0]
+    try: lines = Path('/proc/meminfo').read_text().splitlines()
+    except OSError: return None
+    free = next((line.split()[1] for line in lines if line.startswith('MemAvailable')), None)
+    return free and int(free) * 1024
+
+# %% ../nbs/use/compress.ipynb #c0a1d03a
+def _least_memory(params: list, # parameters of the network given, and after each pruning
+                  size: int,    # bytes of one of them
+                  distils: bool,
+                 ) -> int:      # bytes without which no training can be
+    "Weights, gradients and what the optimizer keeps; in the distillation the teachers' weights too."
+    retraining = 3 * params[1]
+    if not distils: return size * retraining
+    return size * max(retraining, 4 * params[-1] + sum(params))
+
+def _refuse_early(net, data, r, cuts, rt):
+    "What cannot end well, before anything is trained."
+    if r.views is not None and not data.ours:
+        raise UserError(f'views={r.views} are cut from a kesi.data.Dataset; which views a '
+                        f'{type(data.given[0]).__name__} gives cannot be known: leave views out')
+    if not data.ours:
+        for batch in {r.retrain_batch, r.distill_batch}: _refuse_single(net, data, batch)
+    size, params = next(net.parameters()).element_size(), [c.params for c in cuts.counts]
+    need, free = _least_memory(params, size, 'kesi' in r.variants), _free_memory(rt)
+    if free is None or need <= free: return
+    raise UserError(f'weights, gradients and {len(params)} teachers take at least '
+                    f'{need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free on {rt.device}; '
+                    f'fewer iterations, or variants=("one-cycle",), need less')
+
 # %% ../nbs/use/compress.ipynb #c0a1d029
 def _judged(net, train, test, valid, name, version, say):
     "What to learn from and judge by, and what the test is made with; their labels fit the network."
@@ -1451,6 +1510,7 @@ def compress(net: nn.Module,          # trained: images → logits; or what `com
     if total_epochs: cuts = _at_once(cuts)
     say(cuts.text)
     _say_zeros(net, say)
+    _refuse_early(net, data, r, cuts, rt)
     if ask: r = _with_lr(r, net, data, cuts, streams, optimizer, rt, say)
     job = _Job(copy.deepcopy(net).cpu(), data, final, r, cuts, streams, rt, say, origin, optimizer)
     with _told(say, bool(name), r.retrain_lr, ask):

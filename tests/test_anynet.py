@@ -646,3 +646,45 @@ def test_a_target_from_the_command_line(tmp_path, capsys, monkeypatch):
         except SystemExit as e: code = e.code
         said = capsys.readouterr().err
         assert code == 2 and match in said and said.count('\n') == 1, said
+
+# Refused before training
+
+class Normed(Tiny):
+    "Batch normalisation of single numbers, as in the heads of many networks."
+    def forward(self, x):
+        x = F.relu(self.na(self.a(x))).mean((2, 3), keepdim=True)
+        return self.fc(F.relu(self.nb(self.b(x))).flatten(1))
+
+def test_what_cannot_end_well_is_refused_early(digits, monkeypatch):
+    (x, y), test = digits
+    rows, said = Rows(x[:129], y[:129]), []
+    how = {k: v for k, v in quick(say=said.append).items() if k != 'retrain_batch'}
+    single, loader = DataLoader(rows, 64, shuffle=True), DataLoader(rows, 43)
+    for train, more, match in (
+            (single, {}, 'of 129 training images one is left over .* drop_last=True'),
+            ((x[:129], y[:129]), dict(retrain_batch=64), 'one is left over .* retrain_batch'),
+            (rows, dict(distill_batch=64), 'one is left over .* distill_batch'),
+            (loader, dict(views=2), 'views=2 .* DataLoader gives cannot be known'),
+            ((x, y), dict(views=2), 'views=2 are cut from a kesi.data.Dataset; .* tuple'),
+            ((x, y), dict(views=2, variants=('one-cycle',)), 'views has no effect without')):
+        with pytest.raises(UserError, match=match):
+            kesi.compress(Normed(), train, test, **how, **more)
+    monkeypatch.setattr(anynet, '_free_memory', lambda rt: 1000)
+    with pytest.raises(UserError, match='gradients and 2 teachers take at least 0.0 GiB'):
+        kesi.compress(Tiny(), *digits, **how)
+    assert not any(line.startswith('as given') for line in said)
+
+def test_a_last_batch_of_one_that_the_network_can_take(digits):
+    "Without batch normalisation of single numbers nothing is in the way."
+    (x, y), test = digits
+    s = kesi.compress(Tiny(), (x[:65], y[:65]), test, **quick(variants=('one-cycle',)))
+    assert len(s.history['one-cycle 1']) == 1
+
+def test_the_least_memory():
+    assert anynet._least_memory([10, 6, 4], 4, True) == 4 * (4 * 4 + 20)
+    assert anynet._least_memory([10, 9, 1], 4, False) == 4 * 27
+
+def test_views_of_our_own_data_take_effect():
+    said = [kesi.compress(build(Spec('resnet8', in_channels=1)), load_data('digits'),
+                          **quick(views=v)).history['kesi'][0]['train_loss'] for v in (None, 1)]
+    assert said[0] != said[1]

@@ -81,6 +81,34 @@ def classes_of(net: nn.Module,
                             f'{what} in {mode} mode. Auxiliary outputs have to be switched off')
     return out.shape[1]
 
+# %% ../nbs/use/any_network.ipynb #c0a1e002
+_POINTWISE = (nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU,
+              nn.Mish, nn.Hardswish, nn.Hardtanh, nn.Tanh, nn.Sigmoid, nn.Softplus)
+
+def _hidden(net) -> dict:
+    "Linear layers whose outputs one other layer reads, unit by unit: name → name of the reader."
+    found = {}
+    for path, m in net.named_modules():
+        if not isinstance(m, nn.Sequential): continue
+        last = None
+        for n, child in m.named_children():
+            name = f'{path}.{n}' if path else n
+            if type(child) is nn.Linear:
+                if last: found[last] = name
+                last = name
+            elif not isinstance(child, _POINTWISE): last = None
+    return found
+
+@torch.no_grad()
+def _narrow(layer, reader, gone):
+    "Remove hidden units between two linear layers."
+    keep = torch.ones(layer.out_features, dtype=torch.bool)
+    keep[gone] = False
+    layer.weight = nn.Parameter(layer.weight[keep])
+    if layer.bias is not None: layer.bias = nn.Parameter(layer.bias[keep])
+    reader.weight = nn.Parameter(reader.weight[:, keep])
+    layer.out_features = reader.in_features = int(keep.sum())
+
 # %% ../nbs/use/any_network.ipynb #0010bc5c
 @dataclass(frozen=True)
 class Group:
@@ -99,6 +127,7 @@ class _Graph:
     "A network with Torch-Pruning's dependency graph, for images of a given shape."
     def __init__(self, net, shape):
         self.tp, self.net, self.layers = _torch_pruning(), net, dict(net.named_modules())
+        self.hidden = {} if isinstance(net, models.Network) else _hidden(net)
         for p in net.parameters(): p.requires_grad_(True) # the graph is read off autograd
         x = torch.randn(1, *shape, generator=generator('noise')).to(next(net.parameters()).dtype)
         self.graph = self.tp.DependencyGraph()
@@ -114,8 +143,9 @@ class _Graph:
         self.name = {m: n for n, m in self.layers.items()}
 
     def cut(self, name, gone):
-        "Remove filters of the convolution of that name, and all that hangs on them."
+        "Remove filters of the layer of that name, and all that hangs on them."
         layer = self.layers[name]
+        if name in self.hidden: return _narrow(layer, self.layers[self.hidden[name]], gone)
         group = self.graph.get_pruning_group(layer, self.tp.prune_conv_out_channels, gone)
         group.prune(record_history=False)
 
@@ -164,7 +194,11 @@ def _describe(graph, g, order, streams):
 
 def _groups(graph, streams):
     order = {n: i for i, n in enumerate(graph.layers)}
-    found = (_describe(graph, g, order, streams) for g in graph.found)
+    found = [_describe(graph, g, order, streams) for g in graph.found]
+    found = [g for g in found if g.name not in graph.hidden]
+    for name, reader in graph.hidden.items():
+        width = graph.layers[name].out_features
+        found.append(Group(name, width, (name,), (), (reader,)))
     return sorted(found, key=lambda g: order[g.name])
 
 def groups(net: nn.Module,       # any convolutional network; stays as it is
@@ -242,6 +276,7 @@ def spread(found, # the groups of a network
 def _norms(graph, group):
     "l1 norm of each filter of a group, summed over its producers."
     layer, total, every = graph.layers[group.name], None, list(range(group.width))
+    if group.name in graph.hidden: return l1(layer.weight)
     is_out = graph.graph.is_out_channel_pruning_fn
     for item in graph.graph.get_pruning_group(layer, graph.tp.prune_conv_out_channels, every):
         m, whole = item.dep.target.module, len(set(item.root_idxs)) == group.width
@@ -316,7 +351,8 @@ def _cut(net, shape, widths, streams):
     small = copy.deepcopy(net).cpu()
     graph = _Graph(small, shape)
     found = _groups(graph, streams)
-    for name, keep in _kept(graph, found, widths(found)).items():
+    kept = _kept(graph, found, widths(found)).items()
+    for name, keep in sorted(kept, key=lambda item: item[0] in graph.hidden):   # these last
         gone = sorted(set(range(len(graph.layers[name].weight))) - set(keep.tolist()))
         try: graph.cut(name, gone)
         except _LOST as e:

@@ -49,6 +49,9 @@ def test_the_cut_network_is_the_big_one_with_those_filters_silenced(name):
     graph = _Graph(silent, SHAPE); found = _groups(graph, False)
     for root, keep in _kept(graph, found, widths_left(found, .3)).items():
         gone = sorted(set(range(len(graph.layers[root].weight))) - set(keep.tolist()))
+        if root in graph.hidden:                           # a hidden unit that says nothing
+            for p in graph.layers[root].parameters(): p.data[gone] = 0
+            continue
         for item in graph.graph.get_pruning_group(graph.layers[root], graph.tp.prune_conv_out_channels, gone):
             m = item.dep.target.module
             if m in graph.name and graph.graph.is_out_channel_pruning_fn(item.dep.handler):
@@ -118,8 +121,11 @@ def test_without_torch_pruning(monkeypatch):
 def test_one_training_step(name):
     net = copy.deepcopy(pruned(name)[1]).train()
     before = copy.deepcopy(net.state_dict())
-    opt = torch.optim.SGD(net.parameters(), lr=.01)
-    loss = F.cross_entropy(net(torch.randn(4, *SHAPE)), torch.arange(4)); loss.backward(); opt.step()
+    opt = torch.optim.SGD(net.parameters(), lr=.1)
+    torch.manual_seed(0)
+    loss = F.cross_entropy(net(torch.randn(4, *SHAPE)), torch.arange(4))
+    loss.backward()
+    opt.step()
     assert loss.isfinite() and all(p.grad is not None for p in net.parameters())
     assert sum(not torch.equal(t, before[n]) for n, t in net.state_dict().items()) > .9 * len(before)
 
@@ -688,3 +694,40 @@ def test_views_of_our_own_data_take_effect():
     said = [kesi.compress(build(Spec('resnet8', in_channels=1)), load_data('digits'),
                           **quick(views=v)).history['kesi'][0]['train_loss'] for v in (None, 1)]
     assert said[0] != said[1]
+
+# Hidden units of linear layers
+
+def hidden_factories():
+    vision = torchvision.models
+    return {'vit': (lambda: vision.VisionTransformer(32, 8, 2, 4, 64, 128, num_classes=10), 32, 2),
+            'swin': (lambda: vision.SwinTransformer([4, 4], 24, [1, 1], [2, 4], [4, 4],
+                                                    num_classes=10), 32, 2),
+            'convnext': (lambda: vision.convnext.ConvNeXt([vision.convnext.CNBlockConfig(24, None, 2)],
+                                                          num_classes=10), 32, 2),
+            'alexnet': (lambda: vision.alexnet(num_classes=10), 64, 2)}
+
+@pytest.mark.parametrize('name', hidden_factories())
+def test_hidden_units_silenced_are_hidden_units_cut(name, tmp_path):
+    "The big network with zeros in the reader's columns answers like the narrow one."
+    make, side, n = hidden_factories()[name]
+    torch.manual_seed(0)
+    net, shape = make().double().eval(), (3, side, side)
+    for p in net.parameters(): p.data += .1 * torch.randn_like(p)
+    found = groups(net, shape)
+    mlps = [g for g in free(found) if isinstance(net.get_submodule(g.name), nn.Linear)]
+    assert len(mlps) == n and all(len(g.readers) == 1 for g in mlps)
+    small = cut(net, shape, {g.name: .5 for g in mlps})
+    silent = copy.deepcopy(net)
+    for g in mlps:
+        score = net.get_submodule(g.name).weight.detach().abs().sum(1)
+        gone = score.argsort(stable=True)[:g.width - g.width // 2]
+        silent.get_submodule(g.readers[0]).weight.data[:, gone] = 0
+        assert small.get_submodule(g.name).out_features == g.width // 2
+    x = torch.randn(2, *shape, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), silent(x), rtol=1e-8, atol=1e-8)
+        assert (small(x) - net(x)).abs().max() > 1e-6
+    small(x).sum().backward()
+    again = load(anynet.save(small, tmp_path/'n', lambda: make().double(), shape),
+                 lambda: make().double())
+    with torch.no_grad(): torch.testing.assert_close(again(x), small.eval()(x))

@@ -255,6 +255,8 @@ def spread(found, # the groups of a network
           ) -> tuple[float, ...]: # one rate per group that may be cut
     "Spell rates out."
     n = len(free(found))
+    if isinstance(rates, dict) and not rates:
+        raise UserError("rates={} names no layer; {'': .1} is a tenth of every layer")
     if not n:
         why = sorted({g.kept for g in found})
         hint = '; streams=True allows to cut residual streams' if 'residual stream' in why else ''
@@ -772,6 +774,8 @@ class Source:
                             'kesi.data.Dataset holds both')
         self.given, self.name, self.classes = (train, test), name or 'unnamed', None
         self.ours = train if isinstance(train, Dataset) else None
+        for part, what in zip(self.given, ('train', 'test')):
+            if isinstance(part, (tuple, list)): _as_dataset(part, what)
         self.digest = digest([self.name, *self._contents(name, version, say)])
         rt = Runtime(channels_last=False)
         (x, y), (tx, ty) = (_first(b, w) for b, w in zip(self.loaders(64, rt), ('train', 'test')))
@@ -980,6 +984,11 @@ def plan(net: nn.Module,     # any network; stays as it is
         ) -> Plan:
     "What `compress` will cut, without any training."
     net, goal = check_network(net), target_of(target)
+    if not isinstance(streams, bool):
+        raise UserError(f'streams must be True or False; got {streams!r}')
+    whole = isinstance(multiple, int) and not isinstance(multiple, bool)
+    if multiple is not None and not (whole and multiple >= 1):
+        raise UserError(f'multiple must be a whole number from 1, or None; got {multiple!r}')
     if multiple is None: multiple = 1 if isinstance(net, models.Network) else 8
     found = groups(net, shape, streams)
     rates = spread(found, rates)
@@ -1476,6 +1485,38 @@ def _refuse_early(net, data, r, cuts, rt):
                     f'{need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free on {rt.device}; '
                     f'fewer iterations, or variants=("one-cycle",), need less')
 
+# %% ../nbs/use/compress.ipynb #c0a1d03b
+def _check_call(net, name, out, rt, say):
+    "What a caller can mistake, in one line each."
+    if name is not None and not (isinstance(name, str) and name.strip()):
+        raise UserError(f'name must be a word for the data, or None to keep nothing; got {name!r}')
+    if name and not isinstance(out, (str, Path)):
+        raise UserError(f'out must be a folder for the runs; got {out!r}')
+    if not isinstance(rt, (Runtime, type(None))):
+        raise UserError(f'rt must be a kesi.runtime.Runtime, or None for the best device; '
+                        f'got {rt!r}')
+    if not callable(say or print):
+        raise UserError(f'say must be a function of one line, such as print, or None; got {say!r}')
+    if any(p.requires_grad for p in net.parameters()): return
+    raise UserError(f'all weights of {type(net).__name__} are frozen, so it cannot be trained on; '
+                    f'thaw it with net.requires_grad_(True)')
+
+def _check_loss(loss, classes):
+    "A loss of the caller's gives one number with a gradient, of hard labels or of soft ones."
+    z, y = torch.zeros(2, classes, requires_grad=True), torch.arange(2) % classes
+    if isinstance(loss, type): raise UserError(f'loss is the class {loss.__name__}; give one of its '
+                                               f'instances, {loss.__name__}()')
+    with torch.random.fork_rng(devices=[]):
+        for labels in (y, F.one_hot(y, classes).float()):
+            try: got = loss(z, labels)
+            except Exception as e: said = f'it raised {type(e).__name__}: {e}'
+            else:
+                if isinstance(got, torch.Tensor) and not got.ndim and got.requires_grad: return
+                shape = f' of shape {tuple(got.shape)}' if isinstance(got, torch.Tensor) else ''
+                said = f'it gave {type(got).__name__}{shape}'
+                break
+    raise UserError(f'loss must make one number with a gradient of logits and labels; {said}')
+
 # %% ../nbs/use/compress.ipynb #c0a1d029
 def _judged(net, train, test, valid, name, version, say):
     "What to learn from and judge by, and what the test is made with; their labels fit the network."
@@ -1528,6 +1569,7 @@ def compress(net: nn.Module,          # trained: images → logits; or what `com
     "Prune in steps, retrain with restarts, and distil all snapshots into the smallest."
     origin = net.factory if isinstance(net, Compressed) else None
     net = check_network(net.network if isinstance(net, Compressed) else net)
+    _check_call(net, name, out, rt, say)
     rt, say = _runtime(rt), say or (lambda line: None)
     _check_lr(lr, optimizer)
     goal, loss_name = target_of(target), _loss_name(loss)
@@ -1537,6 +1579,7 @@ def compress(net: nn.Module,          # trained: images → logits; or what `com
                         'as .1')
     data, final, share = _judged(net, train, test, valid, name, version, say)
     data.losses = {loss_name: LOSSES.get(loss_name, loss)}
+    if loss_name not in LOSSES and rt.device == 'cpu': _check_loss(loss, data.classes)
     ask = lr in (None, 'auto')
     epochs, settings = _budgeted(epochs, total_epochs, settings)
     r = _recipe(net, name, seeds, epochs, .1 if ask else lr, settings, data.batch)

@@ -731,3 +731,35 @@ def test_hidden_units_silenced_are_hidden_units_cut(name, tmp_path):
     again = load(anynet.save(small, tmp_path/'n', lambda: make().double(), shape),
                  lambda: make().double())
     with torch.no_grad(): torch.testing.assert_close(again(x), small.eval()(x))
+
+# Twenty more mistakes
+
+def mistakes(digits):
+    "What was given, and what the one line must say."
+    (x, y), test = digits
+    loss = dict(two=lambda z, y: F.cross_entropy(z, y, reduction='none'), number=lambda z, y: 1.)
+    arrays, pairs = (x.numpy(), y.numpy()), list(zip(x, y))
+    yield from ((dict(train=arrays), 'train must be .* as tensors.* got tuple'),
+                (dict(train=pairs), 'train must be .* as tensors.* got list'),
+                (dict(test=pairs), 'test must be .* as tensors.* got list'),
+                (dict(train=(x[:, 0], y)), 'must be N×C×H×W'), (dict(test=(x, y + 5)), 'found 14'),
+                (dict(multiple=0), 'multiple must be a whole number from 1, or None; got 0'),
+                (dict(multiple=2.5), 'got 2.5'), (dict(multiple='8'), "got '8'"),
+                (dict(streams='yes'), "streams must be True or False; got 'yes'"),
+                (dict(rates={}), 'rates={} names no layer'), (dict(rates=None), 'got None'),
+                (dict(rates=float('nan')), 'got nan'), (dict(rates='.1'), "got '.1'"),
+                (dict(name=''), "name must be a word .* got ''"), (dict(name=3), 'got 3'),
+                (dict(name='d', out=None), 'out must be a folder for the runs; got None'),
+                (dict(rt='cuda'), "rt must be a kesi.runtime.Runtime.* got 'cuda'"),
+                (dict(say='yes'), "say must be a function of one line.* got 'yes'"),
+                (dict(loss=nn.CrossEntropyLoss), r'instances, CrossEntropyLoss\(\)'),
+                (dict(loss=loss['two']), r'it gave Tensor of shape \(2,\)'),
+                (dict(loss=loss['number']), 'it gave float'),
+                (dict(net=Tiny().requires_grad_(False)), 'all weights of Tiny are frozen'),
+                (dict(net=Tiny), 'got type|must be a torch.nn.Module'),
+                (dict(seeds=0), 'seeds must be'), (dict(epochs='3'), "^epochs must be .* got '3'"))
+
+def test_twenty_more_mistakes(digits):
+    for wrong, match in mistakes(digits):
+        given = {**dict(net=Tiny(), train=digits[0], test=digits[1]), **quick(), **wrong}
+        with pytest.raises(UserError, match=match): kesi.compress(**given)

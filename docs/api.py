@@ -100,6 +100,7 @@ def entries(notebook: Path,  # a chapter
         where = f'{link}#{_slug(heading)}', section
         for node in _public(source):
             owner = _patched(node) if isinstance(node, ast.FunctionDef) else ''
+            if owner.startswith('_'): continue
             yield target or default, _entry(source, node, 2, where, owner)
 
 def _summary(notebook): # the sentence below a chapter's title

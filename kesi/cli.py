@@ -180,21 +180,20 @@ def chosen(args) -> paper.Recipe:
     return r.budget(args.budget) if args.budget else r
 
 # %% ../nbs/engine/cli.ipynb #b1871e3c
-def work(r: paper.Recipe) -> float: # multiply-adds of all seeds, in units of a forward pass
-    "The work of a recipe on one of the known datasets."
-    from kesi.data import SIZES
-    from kesi.pipeline import epoch_work, trainings
-    trained = trainings(r)
-    epochs = {name: trained[name.split()[0]].epochs for name in epoch_work(r, *SIZES[r.data])}
-    return r.seeds * sum(w * epochs[name] for name, w in epoch_work(r, *SIZES[r.data]).items())
+def work(r: paper.Recipe,
+         every: int | None = None, # measured every so many epochs; None: as often as is cheap
+        ) -> float:                # multiply-adds
+    "The work of all seeds and variants of a recipe."
+    from kesi.scale import sizes, training_work
+    return r.seeds * sum(training_work(r, sizes(r), every).values())
 
 # %% ../nbs/engine/cli.ipynb #f9029a84
-def _listed(name, fast):
+def _listed(name, fast, every):
     "One line of the listing; `fast` holds the speed of each family of networks."
     from kesi.scale import duration
     r = paper.recipe(name)
     family = paper.family(r.arch)
-    time = duration(work(r) / fast[family]) if family in fast else '?'
+    time = duration(work(r, every) / fast[family]) if family in fast else '?'
     return (f'{name:26} {r.epochs:>6} {r.iterations:>3} × {r.retrain_epochs:<2} '
             f'{r.distill_epochs:>6} {r.seeds:>5} {time:>10}  '
             f'{r.widths(0)[-1]} → {r.widths(r.iterations)[-1]}')
@@ -212,7 +211,8 @@ def listing(rt=None) -> str: # runtime to measure; None: what suits this machine
         fast, foot = {}, f'time: cannot be measured here ({e})'
     head = (f'{"recipe":26} {"epochs":>6} {"retrain":>8} {"distil":>6} {"seeds":>5} '
             f'{"time":>10}  last width')
-    return '\n'.join([head, *(_listed(name, fast) for name in paper.RECIPES), foot])
+    every = rt.evaluate if rt else None
+    return '\n'.join([head, *(_listed(name, fast, every) for name in paper.RECIPES), foot])
 
 # %% ../nbs/engine/cli.ipynb #34b66ebf
 def _runtime(args):

@@ -1,13 +1,13 @@
 "Networks that kesi did not build: cut through the graph, trained, stored, loaded, compressed."
 import copy, dataclasses, json, math, random, subprocess, sys
 from pathlib import Path
-import pytest, torch, torch.nn.functional as F, torch.nn.utils.prune
+import pytest, torch, torch.nn.functional as F, torch.nn.utils.prune, torchvision
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_pil_image
 from strangers import FACTORIES, SHAPE, Handmade, names, pruned
 import kesi
-from kesi import deploy, paper
+from kesi import anynet, deploy, paper
 from kesi.anynet import (MEASURES, Source, _Graph, _groups, _kept, cut, cut_to, free, groups, load,
                          plan, save, spread, widths_left)
 from kesi.data import load as load_data
@@ -71,7 +71,10 @@ def test_the_cut_network_is_the_big_one_with_those_filters_silenced(name):
     found = _groups(graph, False)
     for root, keep in _kept(graph, found, widths_left(found, .3)).items():
         all_filters = range(len(graph.layers[root].weight))
-        silence(graph, root, sorted(set(all_filters) - set(keep.tolist())))
+        gone = sorted(set(all_filters) - set(keep.tolist()))
+        if root not in graph.hidden: silence(graph, root, gone)
+        else:                                               # a hidden unit that says nothing
+            for p in graph.layers[root].parameters(): p.data[gone] = 0
     x = torch.randn(2, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(small(x), silent(x), rtol=1e-8, atol=1e-8)
@@ -154,6 +157,7 @@ def test_one_training_step(name):
     net = copy.deepcopy(pruned(name)[1]).train()
     before = copy.deepcopy(net.state_dict())
     opt = torch.optim.SGD(net.parameters(), lr=.01)
+    torch.manual_seed(0)
     loss = F.cross_entropy(net(torch.randn(4, *SHAPE)), torch.arange(4))
     loss.backward()
     opt.step()
@@ -645,3 +649,226 @@ def test_soft_labels(digits):
     losses = [h['train_loss'] for h in s.history['one-cycle 1']]
     entropy = -sum(share * math.log(share) for share in (.7, .3))              # of the labels
     assert losses[0] > entropy - 1e-6
+
+# The learning rate
+
+def test_adamw_retrains_with_its_own_rate(digits, tmp_path):
+    "AdamW is another training; SGD's stages keep their keys."
+    torch.manual_seed(0)
+    net, how = Tiny(), quick(variants=('one-cycle',), lr=.002)
+    def once(**kw): return kesi.compress(net, *digits, name='d', out=tmp_path, **{**how, **kw})
+    sgd, adamw = once(), once(optimizer='adamw')
+    stages = [json.loads(p.read_text())['stage'] for p in tmp_path.glob('retrain-*/manifest.json')]
+    assert sorted(s['training']['optimizer'] for s in stages) == ['adamw', 'sgd']
+    def first_loss(s): return s.history['one-cycle 1'][0]['train_loss']
+    assert first_loss(adamw) != first_loss(sgd)
+
+@pytest.mark.parametrize('kind', ('tensors', 'loader', 'ours'))
+def test_a_learning_rate_is_proposed(digits, kind):
+    "By training images alone, the same twice, and said."
+    torch.manual_seed(0)
+    net, said, (x, y) = Tiny(), [], digits[0]
+    train = {'tensors': (x, y), 'loader': DataLoader(Rows(x, y), 64, shuffle=True),
+             'ours': load_data('digits')}[kind]
+    test = [None] * 2 if kind == 'ours' else [digits[1], (digits[1][0], digits[1][1].flip(0))]
+    how = {k: v for k, v in quick().items() if kind != 'loader' or k != 'retrain_batch'}
+    how |= dict(lr='auto', optimizer='adamw', variants=('one-cycle',), say=said.append)
+    rates = [kesi.compress(net, train, t, **how).report['recipe']['retrain_lr'] for t in test]
+    told = [line for line in said if 'is proposed' in line]
+    assert rates[0] == rates[1] in anynet._RATES['adamw'] and told[0] == told[1]
+    assert told[0].startswith(f'lr={rates[0]:g} is proposed (adamw; loss of held-out training')
+
+def test_the_largest_rate_within_one_standard_error():
+    trials = {.3: (2., .1), .1: (1.05, .1), .03: (1., .06), .01: (1.2, .06)}
+    assert anynet._proposed(trials) == .1
+    assert anynet._proposed({**trials, .1: (1.07, .1)}) == .03
+
+def test_rates_that_do_not_suit(digits):
+    for wrong, match in ((dict(optimizer='rmsprop'), "sgd, adam, adamw; got 'rmsprop'"),
+                         (dict(optimizer='adamw', lr=.1), 'lr=0.1 is a rate of SGD'),
+                         (dict(lr='fast'), "or 'auto'; got 'fast'"),
+                         (dict(lr='auto', retrain_batch=300), 'at least two batches .* got 1 of')):
+        with pytest.raises(UserError, match=match):
+            kesi.compress(Tiny(), *digits, **{**quick(), **wrong})
+
+# The quick way
+
+def test_a_budget_of_epochs_is_kept(digits):
+    "As many epochs as were asked for, of a network cut at once as deep as five prunings cut it."
+    torch.manual_seed(0)
+    net, how = Tiny(), dict(rates=.1, lr=.05, rt=RT, say=None)
+    s = kesi.compress(net, *digits, total_epochs=4, **how)
+    assert {n: len(h) for n, h in s.history.items() if h} == {'one-cycle 1': 1, 'kesi': 3}
+    assert s.plan.widths == plan(net, (1, 16, 16), rates=.1).widths[-1:]
+    for wrong, match in ((dict(total_epochs=1), 'whole number from 2; got 1'),
+                         (dict(total_epochs='4'), "whole number from 2; got '4'"),
+                         (dict(total_epochs=4, epochs=3), 'not both; got 3 and 4'),
+                         (dict(total_epochs=4, iterations=2), 'iterations is fixed by it')):
+        with pytest.raises(UserError, match=match): kesi.compress(net, *digits, **{**how, **wrong})
+
+# Targets of recipes
+
+@pytest.mark.parametrize('arch, kind, value', (('resnet20', 'macs', .5), ('vgg16', 'params', .4),
+    ('resnet20', 'bytes', .6), ('resnet56', 'macs', .8), ('resnet20', 'macs', 2e6)))
+def test_rates_of_a_recipe_meet_a_target(arch, kind, value):
+    r = paper.recipe(f'digits/{arch}')
+    t = anynet.with_target(r, {kind: value}, (1, 16, 16))
+    nets = [build(Spec(arch, t.widths(i), in_channels=1)) for i in (0, t.iterations)]
+    whole, left = (MEASURES[kind][1](n, (1, 16, 16)) for n in nets)
+    goal = value if value > 1 else value * whole
+    assert .96 * goal <= left <= goal
+
+def test_targets_of_recipes_that_cannot_be_met():
+    r = paper.recipe('digits/resnet20')
+    for wrong, match in (({'macs': 1e-5}, 'cannot be reached in 5 prunings'),
+                         ({'macs': 0}, 'got 0'),
+                         ({'accuracy_drop': .01}, 'kesi.compress with valid='),
+                         ({'macs': 1e9}, 'meets the target')):
+        with pytest.raises(UserError, match=match): anynet.with_target(r, wrong, (1, 16, 16))
+    with pytest.raises(UserError, match='method=weights removes none'):
+        anynet.with_target(dataclasses.replace(r, method='weights'), {'macs': .5}, (1, 16, 16))
+
+def test_a_target_says_what_was_given():
+    assert anynet.target_of({'macs': .001}).text == '0.1% of the MACs'
+    assert anynet.target_of({'macs': .5}).text == '50% of the MACs'
+    assert anynet.target_of({'params': 12345}).text == '12,345 parameters'
+
+@pytest.mark.parametrize('name', ('handmade', 'resnet18', 'mobilenet_v2', 'squeezenet1_0'))
+def test_milliseconds_are_planned_by_a_clock(name, monkeypatch):
+    "The clock here is one that says the square root of the MACs: the plan meets it within 10 %."
+    net = Handmade() if name == 'handmade' else torchvision.models.get_model(name, num_classes=10)
+    def clock(net, small, shape, seconds=.7):
+        a, b = (count(n, shape).macs**.5 for n in (net, small))
+        return b / a, a
+    monkeypatch.setattr(anynet, '_time_share', clock)
+    p = plan(net.eval(), SHAPE, target={'milliseconds': .7}, iterations=1)
+    assert .63 <= (p.counts[-1].macs / p.counts[0].macs)**.5 <= .7
+
+def test_a_target_from_the_command_line(tmp_path, capsys, monkeypatch):
+    from kesi import cli, pipeline
+    ran = []
+    def run(r, *a, **kw):
+        ran.append(r)
+        raise UserError('enough')
+    monkeypatch.setattr(pipeline, 'run', run)
+    assert cli.kesi_run(['digits/resnet8', '--target', 'macs=.5']) == 2
+    assert ran[0].rates and 'target: 50% of the MACs. Planned: ' in capsys.readouterr().out
+    for wrong, match in (('macs=half', 'must be written WHAT=NUMBER, such as macs=.5; '
+                                       "got 'macs=half'"),
+                         ('macs', "got 'macs'"), ('flops=.5', 'with one of macs, params'),
+                         ('macs=-1', 'got -1.0'), ('macs=nan', 'got nan')):
+        try: code = cli.kesi_run(['digits/resnet8', '--target', wrong])
+        except SystemExit as e: code = e.code
+        said = capsys.readouterr().err
+        assert code == 2 and match in said and said.count('\n') == 1, said
+
+# Refused before training
+
+class Normed(Tiny):
+    "Batch normalisation of single numbers, as in the heads of many networks."
+    def forward(self, x):
+        x = F.relu(self.na(self.a(x))).mean((2, 3), keepdim=True)
+        return self.fc(F.relu(self.nb(self.b(x))).flatten(1))
+
+def test_what_cannot_end_well_is_refused_early(digits, monkeypatch):
+    (x, y), test = digits
+    rows, said = Rows(x[:129], y[:129]), []
+    how = {k: v for k, v in quick(say=said.append).items() if k != 'retrain_batch'}
+    single, loader = DataLoader(rows, 64, shuffle=True), DataLoader(rows, 43)
+    for train, more, match in (
+            (single, {}, 'of 129 training images one is left over .* drop_last=True'),
+            ((x[:129], y[:129]), dict(retrain_batch=64), 'one is left over .* retrain_batch'),
+            (rows, dict(distill_batch=64), 'one is left over .* distill_batch'),
+            (loader, dict(views=2), 'views=2 .* DataLoader gives cannot be known'),
+            ((x, y), dict(views=2), 'views=2 are cut from a kesi.data.Dataset; .* tuple'),
+            ((x, y), dict(views=2, variants=('one-cycle',)), 'views has no effect without')):
+        with pytest.raises(UserError, match=match):
+            kesi.compress(Normed(), train, test, **how, **more)
+    monkeypatch.setattr(anynet, '_free_memory', lambda rt: 1000)
+    with pytest.raises(UserError, match='gradients and 2 teachers take at least 0.0 GiB'):
+        kesi.compress(Tiny(), *digits, **how)
+    assert not any(line.startswith('as given') for line in said)
+
+def test_a_last_batch_of_one_that_the_network_can_take(digits):
+    "Without batch normalisation of single numbers nothing is in the way."
+    (x, y), test = digits
+    s = kesi.compress(Tiny(), (x[:65], y[:65]), test, **quick(variants=('one-cycle',)))
+    assert len(s.history['one-cycle 1']) == 1
+
+def test_the_least_memory():
+    assert anynet._least_memory([10, 6, 4], 4, True) == 4 * (4 * 4 + 20)
+    assert anynet._least_memory([10, 9, 1], 4, False) == 4 * 27
+
+def test_views_of_our_own_data_take_effect():
+    said = [kesi.compress(build(Spec('resnet8', in_channels=1)), load_data('digits'),
+                          **quick(views=v)).history['kesi'][0]['train_loss'] for v in (None, 1)]
+    assert said[0] != said[1]
+
+# Hidden units of linear layers
+
+def hidden_factories():
+    vision = torchvision.models
+    block = vision.convnext.CNBlockConfig(24, None, 2)
+    return {'vit': (lambda: vision.VisionTransformer(32, 8, 2, 4, 64, 128, num_classes=10), 32, 2),
+            'swin': (lambda: vision.SwinTransformer([4, 4], 24, [1, 1], [2, 4], [4, 4],
+                                                    num_classes=10), 32, 2),
+            'convnext': (lambda: vision.convnext.ConvNeXt([block], num_classes=10), 32, 2),
+            'alexnet': (lambda: vision.alexnet(num_classes=10), 64, 2)}
+
+@pytest.mark.parametrize('name', hidden_factories())
+def test_hidden_units_silenced_are_hidden_units_cut(name, tmp_path):
+    "The big network with zeros in the reader's columns answers like the narrow one."
+    make, side, n = hidden_factories()[name]
+    torch.manual_seed(0)
+    net, shape = make().double().eval(), (3, side, side)
+    for p in net.parameters(): p.data += .1 * torch.randn_like(p)
+    found = groups(net, shape)
+    mlps = [g for g in free(found) if isinstance(net.get_submodule(g.name), nn.Linear)]
+    assert len(mlps) == n and all(len(g.readers) == 1 for g in mlps)
+    small = cut(net, shape, {g.name: .5 for g in mlps})
+    silent = copy.deepcopy(net)
+    for g in mlps:
+        score = net.get_submodule(g.name).weight.detach().abs().sum(1)
+        gone = score.argsort(stable=True)[:g.width - g.width // 2]
+        silent.get_submodule(g.readers[0]).weight.data[:, gone] = 0
+        assert small.get_submodule(g.name).out_features == g.width // 2
+    x = torch.randn(2, *shape, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), silent(x), rtol=1e-8, atol=1e-8)
+        assert (small(x) - net(x)).abs().max() > 1e-6
+    small(x).sum().backward()
+    again = load(anynet.save(small, tmp_path/'n', lambda: make().double(), shape),
+                 lambda: make().double())
+    with torch.no_grad(): torch.testing.assert_close(again(x), small.eval()(x))
+
+# Twenty more mistakes
+
+def mistakes(digits):
+    "What was given, and what the one line must say."
+    (x, y), test = digits
+    loss = dict(two=lambda z, y: F.cross_entropy(z, y, reduction='none'), number=lambda z, y: 1.)
+    arrays, pairs = (x.numpy(), y.numpy()), list(zip(x, y))
+    yield from ((dict(train=arrays), 'train must be .* as tensors.* got tuple'),
+                (dict(train=pairs), 'train must be .* as tensors.* got list'),
+                (dict(test=pairs), 'test must be .* as tensors.* got list'),
+                (dict(train=(x[:, 0], y)), 'must be N×C×H×W'), (dict(test=(x, y + 5)), 'found 14'),
+                (dict(multiple=0), 'multiple must be a whole number from 1, or None; got 0'),
+                (dict(multiple=2.5), 'got 2.5'), (dict(multiple='8'), "got '8'"),
+                (dict(streams='yes'), "streams must be True or False; got 'yes'"),
+                (dict(rates={}), 'rates={} names no layer'), (dict(rates=None), 'got None'),
+                (dict(rates=float('nan')), 'got nan'), (dict(rates='.1'), "got '.1'"),
+                (dict(name=''), "name must be a word .* got ''"), (dict(name=3), 'got 3'),
+                (dict(name='d', out=None), 'out must be a folder for the runs; got None'),
+                (dict(rt='cuda'), "rt must be a kesi.runtime.Runtime.* got 'cuda'"),
+                (dict(say='yes'), "say must be a function of one line.* got 'yes'"),
+                (dict(loss=nn.CrossEntropyLoss), r'instances, CrossEntropyLoss\(\)'),
+                (dict(loss=loss['two']), r'it gave Tensor of shape \(2,\)'),
+                (dict(loss=loss['number']), 'it gave float'),
+                (dict(net=Tiny().requires_grad_(False)), 'all weights of Tiny are frozen'),
+                (dict(net=Tiny), 'got type|must be a torch.nn.Module'),
+                (dict(seeds=0), 'seeds must be'), (dict(epochs='3'), "^epochs must be .* got '3'"))
+
+def test_twenty_more_mistakes(digits):
+    for wrong, match in mistakes(digits):
+        given = {**dict(net=Tiny(), train=digits[0], test=digits[1]), **quick(), **wrong}
+        with pytest.raises(UserError, match=match): kesi.compress(**given)

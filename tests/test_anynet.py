@@ -270,7 +270,8 @@ class Rows:
 
 def test_compress_is_the_same_twice_and_goes_on_after_a_stop(digits, tmp_path, monkeypatch):
     train, test = digits
-    torch.manual_seed(0); net = Tiny()
+    torch.manual_seed(0)
+    net = Tiny()
     class Stop(Exception): pass
     def stop(line):
         if 'one-cycle 1' in line: raise Stop

@@ -94,6 +94,13 @@ def _share(text):
     if 0 < v < float('inf'): return v
     raise argparse.ArgumentTypeError(f'must be a number above 0, got {text!r}')
 
+def _target(text):
+    "A target as {what: number}."
+    what, _, number = text.partition('=')
+    try: return {what.strip(): float(number)}
+    except ValueError: pass
+    raise argparse.ArgumentTypeError(f'must be written WHAT=NUMBER, such as macs=.5; got {text!r}')
+
 def _whole(text):
     if text.isdecimal() and len(text) < 10 and int(text) > 0: return int(text)
     raise argparse.ArgumentTypeError(f'must be a whole number from 1, got {text!r}')
@@ -142,6 +149,9 @@ def _run_parser():
     p.add_argument('--method', metavar='M', help='prune filters or weights')
     p.add_argument('--variants', **VARIANT)
     p.add_argument('--budget', **BUDGET)
+    p.add_argument('--target', type=_target, metavar='WHAT=V',
+                   help='rates that leave so much after the last pruning: macs=.5 is half of the '
+                        'MACs; params, bytes and milliseconds work alike')
     _out_option(p)
     _data_option(p)
     _machine_options(p)
@@ -224,10 +234,25 @@ def side_by_side(r: paper.Recipe,
     jobs = jobs or min(cores, r.seeds * len(chains(r)))
     return jobs, rt if jobs == 1 else dataclasses.replace(rt, threads=max(1, cores // jobs))
 
+def _meeting(r, args):
+    "The recipe with rates that meet the target of the arguments; says what will be left."
+    from kesi import anynet, macs, models, pipeline
+    anynet.target_of(args.target)                          # before the data are loaded
+    data = pipeline.load_for(r, args.data_root)
+    shape, classes = (data.channels, data.size, data.size), len(data.classes)
+    r = anynet.with_target(r, args.target, shape, classes)
+    left = [macs.count(models.Spec(r.arch, r.widths(i), classes, shape[0]), shape)
+            for i in (0, r.iterations)]
+    print(f'target: {anynet.target_of(args.target).text}. Planned: '
+          f'{left[0].params:,} → {left[1].params:,} parameters, '
+          f'{left[0].macs:,} → {left[1].macs:,} MACs ({left[1].macs / left[0].macs:.1%})')
+    return r
+
 def _run(args):
     if args.list: return print(listing(_runtime(args)))
     r = chosen(args)
     from kesi import pipeline, report
+    if args.target: r = _meeting(r, args)
     jobs, rt = side_by_side(r, _runtime(args), args.jobs)
     home = pipeline.run(r, args.out, rt, args.data_root, jobs=jobs)
     if rt.rank: return                                       # of several processes one reports

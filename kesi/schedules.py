@@ -20,7 +20,7 @@ class Training:
     batch: int                              # images per step
     lr: float                               # learning rate; for one-cycle its peak
     schedule: str = 'constant'              # `constant`, `step` or `one-cycle`
-    optimizer: str = 'sgd'                  # `sgd` or `adam`
+    optimizer: str = 'sgd'                  # `sgd`, `adam` or `adamw`
     momentum: float = .9                    # of SGD
     weight_decay: float = 0.                # added to the gradient
     milestones: tuple[float, ...] = ()      # step: when the rate drops, as shares of the epochs
@@ -32,7 +32,8 @@ class Training:
 
 # %% ../nbs/05_lr_restarts.ipynb #a5c00005
 #| code-fold: true
-_ALLOWED = {'schedule': ('constant', 'step', 'one-cycle'), 'optimizer': ('sgd', 'adam')}
+_ALLOWED = {'schedule': ('constant', 'step', 'one-cycle'),
+            'optimizer': ('sgd', 'adam', 'adamw')}
 
 def _check(t):
     "Refuse what cannot be trained."
@@ -75,4 +76,4 @@ def momenta(t: Training,
     "The momentum of every step, Adam's first beta: constant unless it is asked to cycle."
     n = t.epochs * steps
     if t.cycle_momentum and t.schedule == 'one-cycle': return _cycle(n, t.warmup, .95, .85, .95)
-    return [.9 if t.optimizer == 'adam' else t.momentum] * n
+    return [t.momentum if t.optimizer == 'sgd' else .9] * n

@@ -30,6 +30,7 @@ def optimizer(t: Training, net: nn.Module):
     how = dict(lr=t.lr, weight_decay=t.weight_decay)
     how['fused'] = next(net.parameters()).device.type in ('cpu', 'cuda')
     if t.optimizer == 'adam': return torch.optim.Adam(net.parameters(), **how)
+    if t.optimizer == 'adamw': return torch.optim.AdamW(net.parameters(), **how)
     return torch.optim.SGD(net.parameters(), momentum=t.momentum, **how)
 
 def _set_rates(opt, lr, momentum):

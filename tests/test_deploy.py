@@ -15,7 +15,9 @@ from kesi.runtime import KesiError, Runtime
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
-@pytest.mark.parametrize('name', names(('mobilenet_v2', 'densenet121', 'efficientnet_b0')))
+HEAVY = 'dense', 'mobilenet_v2', 'densenet121', 'efficientnet_b0'
+
+@pytest.mark.parametrize('name', names(HEAVY))
 def test_onnx_answers_like_torch(name, tmp_path):
     net = pruned(name)[1]
     path = deploy.export(net, tmp_path/'n.onnx', SHAPE)
@@ -77,7 +79,8 @@ def test_the_command(runs, tmp_path, capsys):
     out, told = runs
     assert cli.kesi_export([str(out), str(tmp_path/'n.onnx'), '--int8', '--latency']) == 0
     said = capsys.readouterr().out
-    for part in ('differs from torch by', 'test accuracy', 'ONNX Runtime, int8'): assert part in said
+    parts = 'differs from torch by', 'test accuracy', 'ONNX Runtime, int8'
+    for part in parts: assert part in said
     def accuracy(name):
         return deploy.onnx_accuracy(tmp_path/name, Loader(load('digits'), load('digits').test, 100))
     found, small = accuracy('n.onnx'), accuracy('n.int8.onnx')
@@ -124,3 +127,25 @@ def test_what_kesi_offers_lazily():
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0 and "no attribute 'nothing'" in done.stdout, done.stderr
     assert kesi.load is not None
+
+def test_an_int8_file_of_a_share_says_its_accuracy(tmp_path, monkeypatch):
+    "Both accuracies stand on the card, and a fall of more than a point is said."
+    pytest.importorskip('onnxruntime')
+    d = load('digits')
+    train, test = ((s.images[:200].float() / 127.5 - 1, s.labels[:200]) for s in (d.train, d.test))
+    torch.manual_seed(0)
+    s = kesi.compress(build(Spec('resnet8', in_channels=1), 0), train, test, iterations=1, epochs=1,
+                      variants=('one-cycle',), say=None, rt=Runtime(channels_last=False, threads=1))
+    said = []
+    home = deploy.share(s, tmp_path/'whole', train[0], seconds=.01, say=said.append)
+    files = [home/'model.onnx', home/'model.int8.onnx']
+    whole, small = (deploy.onnx_accuracy(f, s.test) for f in files)
+    assert whole == pytest.approx(s.accuracy, abs=.01)
+    note = f'The int8 file scores {small:.2%} on the test data, the float32 file {whole:.2%}.'
+    assert note in (home/'README.md').read_text() and len(said) == (small < whole - .01)
+    measured = deploy.onnx_accuracy
+    worse = lambda f, batches: measured(f, batches) - .2 * ('int8' in f.name)
+    monkeypatch.setattr(deploy, 'onnx_accuracy', worse)
+    said.clear()
+    deploy.share(s, tmp_path/'worse', train[0], seconds=.01, say=said.append)
+    assert len(said) == 1 and 'hand on the float32 file' in said[0]

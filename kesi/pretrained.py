@@ -6,6 +6,8 @@
 __all__ = ['HERE', 'FOLDER', 'Listing', 'zoo', 'check', 'check_table', 'shelve', 'kesi_check']
 
 # %% ../nbs/use/zoo.ipynb #6b697480
+#| code-fold: true
+#| code-summary: "Imports"
 import json
 from pathlib import Path
 import safetensors.torch
@@ -22,6 +24,8 @@ from .store import read_manifest
 from .training import predict
 
 # %% ../nbs/use/zoo.ipynb #df7e211d
+#| code-fold: true
+#| code-summary: "Where the sets are"
 HERE = Path(__file__).parent if '__file__' in globals() else Path('../../kesi')
 FOLDER = HERE/'networks'
 
@@ -94,6 +98,8 @@ def check_table(found: dict[str, dict], # set → what `check` gives
     return '\n'.join(rows)
 
 # %% ../nbs/use/zoo.ipynb #a420d59e
+#| code-fold: true
+#| code-summary: "Names and cards"
 def _names(iterations):
     "Stage → name in the set."
     snapshots = {f'one-cycle {i}': f'snapshot {i}' for i in range(1, iterations + 1)}
@@ -116,6 +122,8 @@ def _card(name, network, r, said):
         f'Load it with `kesi.zoo({name!r}, {network!r})`.']) + '\n'
 
 # %% ../nbs/use/zoo.ipynb #8f5607a8
+#| code-fold: true
+#| code-summary: "shelve"
 def _file(network): return network.replace(' ', '-')
 
 def _keep(stage, to, network): # claims, N×K logits of the test images, N labels
@@ -151,6 +159,8 @@ def shelve(home,          # folder of a recipe's report in a run folder
     return to
 
 # %% ../nbs/use/zoo.ipynb #6e6d86f2
+#| code-fold: true
+#| code-summary: "kesi_check"
 def _check_parser():
     p = _Parser('kesi_check', allow_abbrev=False,
                 description='Measure the networks that come with kesi; is it as claimed?')

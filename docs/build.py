@@ -81,6 +81,7 @@ def lay_out():
 
 def main(args) -> int:
     if '--fresh' in args: shutil.rmtree(SITE, ignore_errors=True)
+    shutil.rmtree(HTML, ignore_errors=True)                        # no page outlives its notebook
     lay_out()
     strict = ['-E', '-a', '-W', '--keep-going', '-q']
     code = sphinx([*strict, '-c', str(HERE), '-d', str(SITE/'doctrees'), str(SOURCE), str(HTML)])

@@ -1467,7 +1467,7 @@ def _least_memory(params: list, # parameters of the network given, and after eac
                   size: int,    # bytes of one of them
                   distils: bool,
                  ) -> int:      # bytes without which no training can be
-    "Weights, gradients and what the optimizer keeps; in the distillation the teachers too."
+    "Weights, gradients and what the optimizer keeps; in the distillation also the teachers."
     retraining = 3 * params[1]
     if not distils: return size * retraining
     return size * max(retraining, 4 * params[-1] + sum(params))
@@ -1560,8 +1560,8 @@ def _told(say, named, lr, ask):
         say(f'stopped; {"" if named else "with a name= "}the same call {again}')
         raise
     except Diverged as e:
-        how = 'proposed' if ask else 'given'
-        raise Diverged(f'{e} (lr={lr:g} was {how})') from e
+        origin = 'proposed' if ask else 'given'
+        raise Diverged(f'{e} (lr={lr:g} was {origin})') from e
 
 # %% ../nbs/use/compress.ipynb #6f54b503
 def compress(net: nn.Module,          # trained: images → logits; or what `compress` returned; stays

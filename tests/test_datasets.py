@@ -1,7 +1,7 @@
 """The datasets' files in their exact formats, small: whole, cut short, damaged, missing.
 Nothing is downloaded but from a server in this process."""
-import gzip, hashlib, http.server, io, os, pickle, random, re, socket, struct, subprocess, sys
-import tarfile, threading, time, zipfile, zlib
+import gzip, hashlib, http.client, http.server, io, os, pickle, random, re, socket, struct
+import subprocess, sys, tarfile, threading, time, zipfile, zlib
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -44,14 +44,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(206 if begin else 200)
         self.send_header('Content-Length', str(len(content) - begin))
         self.end_headers()
-        self.wfile.write(content[begin:begin + s.cut])
+        piece = content[begin:begin + s.cut]
+        self.wfile.write(piece)
+        s.sent += len(piece)
         if s.reset: self.hang_up()
 
     def hang_up(self):
-        at_once = struct.pack('ii', 1, 0)
+        "Reset the connection, as soon as the other side has read everything: a reset discards it."
+        at_once, patience = struct.pack('ii', 1, 0), time.monotonic() + 120
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
         self.wfile.flush()
-        time.sleep(.05)
+        while self.server.taken < self.server.sent and time.monotonic() < patience: time.sleep(.005)
         self.connection.close()
 
     def log_message(self, *_): pass
@@ -62,6 +65,7 @@ def server():
     `server.asked` are the ranges."""
     s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     s.files, s.asked, s.cut, s.ranges, s.reset = {}, [], 10**9, True, False
+    s.sent = s.taken = 0                                             # bytes; `taken` where counted
     s.url = f'http://127.0.0.1:{s.server_port}/'
     threading.Thread(target=s.serve_forever, daemon=True).start()
     yield s
@@ -105,7 +109,13 @@ def test_many_small_pieces_make_a_whole_file(server, tmp_path):
     assert fetched(server, tmp_path) == server.files['/x']
     assert len(server.asked) == 40
 
-def test_what_came_before_a_reset_is_kept(server, tmp_path):
+def test_what_came_before_a_reset_is_kept(server, tmp_path, monkeypatch):
+    read = http.client.HTTPResponse.read1
+    def counted(*a):
+        block = read(*a)
+        server.taken += len(block)
+        return block
+    monkeypatch.setattr(http.client.HTTPResponse, 'read1', counted)
     server.files['/x'], server.cut, server.reset = os.urandom(10_000), 6000, True
     assert fetched(server, tmp_path) == server.files['/x']
     assert server.asked == [None, 'bytes=6000-']

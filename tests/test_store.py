@@ -1,6 +1,7 @@
 "What a run folder remembers, what is cleared away in it, and who helps."
-import errno, fcntl, json, os, subprocess, sys
+import errno, fcntl, json, os, subprocess, sys, threading
 from dataclasses import replace
+from types import SimpleNamespace as Stage
 import drive, pytest
 from kesi import cli, pipeline, report, runtime, scale, store, studies
 from kesi.runtime import Runtime
@@ -99,6 +100,36 @@ for i in range(25):
     store.note('reports/x', [{name: Stage(folder=name)}], about)
 '''
 
+def note(out, name):
+    about = {'recipe': {'variants': ['pfec']}, 'runtime': {}, 'size': 8}
+    return store.Store(out, sweep=False).note('reports/x', [{name: Stage(folder=name)}], about)
+
+
+def test_a_note_between_reading_and_writing_is_not_lost(tmp_path, monkeypatch):
+    "While one writer is about to write what it has read, another one comes: it has to wait."
+    out, real, arrived = tmp_path/'runs', store.write_json, threading.Event()
+    store.Store(out)
+    acquire = runtime.filelock.FileLock.acquire
+    def acquired(*a, **kw):
+        if threading.current_thread() is second: arrived.set()
+        return acquire(*a, **kw)
+    def noted():
+        note(out, 'pfec 2')
+        arrived.set()
+    second = threading.Thread(target=noted)
+    def write(path, value):
+        if threading.current_thread() is not second:
+            second.start()
+            assert arrived.wait(120)                   # at the lock, or through without one
+        return real(path, value)
+    monkeypatch.setattr(runtime.filelock.FileLock, 'acquire', acquired)
+    monkeypatch.setattr(store, 'write_json', write)
+    home = note(out, 'pfec 1')
+    second.join(120)
+    assert seeds_of(home) == [{'pfec 1': 'pfec 1', 'pfec 2': 'pfec 2'}]
+
+
+@pytest.mark.soak
 def test_noting_at_the_same_time_loses_nothing(tmp_path):
     store.Store(tmp_path/'runs')
     command = [sys.executable, '-c', NOTE, str(tmp_path/'runs')]

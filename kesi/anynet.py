@@ -739,7 +739,9 @@ def content(source,          # data as the caller gave them
             say=print):      # called with one line where this takes long
     "What tells data from others: a value that JSON can hold."
     if isinstance(source, Dataset): return source.digest
-    if isinstance(source, (tuple, list)): return [_of_tensor(t) for t in source]
+    if isinstance(source, (tuple, list)):
+        _as_dataset(source, what)
+        return [_of_tensor(t) for t in source]
     more = [_order_of(source)] if isinstance(source, DataLoader) and what == 'train' else []
     data = source.dataset if isinstance(source, DataLoader) else source
     if version is not None: return [str(version), len(data), *more]
@@ -774,8 +776,6 @@ class Source:
                             'kesi.data.Dataset holds both')
         self.given, self.name, self.classes = (train, test), name or 'unnamed', None
         self.ours = train if isinstance(train, Dataset) else None
-        for part, what in zip(self.given, ('train', 'test')):
-            if isinstance(part, (tuple, list)): _as_dataset(part, what)
         self.digest = digest([self.name, *self._contents(name, version, say)])
         rt = Runtime(channels_last=False)
         (x, y), (tx, ty) = (_first(b, w) for b, w in zip(self.loaders(64, rt), ('train', 'test')))
@@ -1003,7 +1003,7 @@ def plan(net: nn.Module,     # any network; stays as it is
         counts.append(count(net, shape))
     return Plan(found, widths, counts, goal)
 
-# %% ../nbs/use/compress.ipynb #c0a1d037
+# %% ../nbs/use/compress.ipynb #c0a1d03c
 def _rates_at(r, times) -> tuple:
     "The recipe's rates, applied so often in each pruning."
     return tuple(1 - (1 - rate)**times for rate in r.pruning)
@@ -1016,6 +1016,16 @@ def _reachable(r) -> float:
         return False
     return max(0, smallest(fails, 1024) - 1) / 64
 
+def _recipe_rates(at, most, share, goal):
+    "The mildest rates that meet a goal; layers that can be spared the last step are spared it."
+    n = smallest(lambda k: share(at(most * k / 1024)) <= goal, 1024)
+    more, less = at(most * max(n - 1, 0) / 1024), at(most * n / 1024)
+    for i in reversed(range(len(less))):
+        spared = less[:i] + more[i:i + 1] + less[i + 1:]
+        if share(spared) <= goal: less = spared
+    return less
+
+# %% ../nbs/use/compress.ipynb #c0a1d037
 def with_target(r: Recipe, # of a network of ours, which prunes filters
                 target,    # such as {'macs': .5}
                 shape,     # of one image, (channels, height, width)
@@ -1046,15 +1056,6 @@ def with_target(r: Recipe, # of a network of ours, which prunes filters
     if measure: rates = _recipe_rates(at, most, share, wanted)
     else: rates = _by_clock(at, most, share, wanted, most / 4)
     return dataclasses.replace(r, rates=rates)
-
-def _recipe_rates(at, most, share, goal):
-    "The mildest rates that meet a goal; layers that can be spared the last step are spared it."
-    n = smallest(lambda k: share(at(most * k / 1024)) <= goal, 1024)
-    more, less = at(most * max(n - 1, 0) / 1024), at(most * n / 1024)
-    for i in reversed(range(len(less))):
-        spared = less[:i] + more[i:i + 1] + less[i + 1:]
-        if share(spared) <= goal: less = spared
-    return less
 
 # %% ../nbs/use/compress.ipynb #60ce2568
 LOSSES = {'cross-entropy': F.cross_entropy,
@@ -1486,6 +1487,14 @@ def _refuse_early(net, data, r, cuts, rt):
                     f'fewer iterations, or variants=("one-cycle",), need less')
 
 # %% ../nbs/use/compress.ipynb #c0a1d03b
+def _check_how(lr, optimizer, target, valid) -> bool: # is the rate still to be proposed?
+    "A rate must suit its optimizer; a target decided by an accuracy needs data to measure it."
+    _check_lr(lr, optimizer)
+    asked, goal = lr in (None, 'auto'), target_of(target)
+    if goal is None or goal.kind != 'accuracy_drop' or valid is not None: return asked
+    raise UserError('accuracy_drop decides by an accuracy, which must not be that of the test '
+                    'data: give valid=, a set of data or a share of the training data, such as .1')
+
 def _check_call(net, name, out, rt, say):
     "What a caller can mistake, in one line each."
     if name is not None and not (isinstance(name, str) and name.strip()):
@@ -1501,6 +1510,7 @@ def _check_call(net, name, out, rt, say):
     raise UserError(f'all weights of {type(net).__name__} are frozen, so it cannot be trained on; '
                     f'thaw it with net.requires_grad_(True)')
 
+# %% ../nbs/use/compress.ipynb #c0a1d03d
 def _check_loss(loss, classes):
     "A loss of the caller's gives one number with a gradient, of hard labels or of soft ones."
     z, y = torch.zeros(2, classes, requires_grad=True), torch.arange(2) % classes
@@ -1517,6 +1527,12 @@ def _check_loss(loss, classes):
                 said = f'it gave {type(got).__name__}{shape}'
                 break
     raise UserError(f'loss must make one number with a gradient of logits and labels; {said}')
+
+def _losses(loss, classes, rt) -> dict:
+    "The caller's loss by its name."
+    name = _loss_name(loss)
+    if name not in LOSSES and rt.device == 'cpu': _check_loss(loss, classes)
+    return {name: LOSSES.get(name, loss)}
 
 # %% ../nbs/use/compress.ipynb #c0a1d029
 def _judged(net, train, test, valid, name, version, say):
@@ -1573,22 +1589,15 @@ def compress(net: nn.Module,          # trained: images → logits; or what `com
     origin = net.factory if isinstance(net, Compressed) else None
     net = check_network(net.network if isinstance(net, Compressed) else net)
     _check_call(net, name, out, rt, say)
+    ask = _check_how(lr, optimizer, target, valid)
     rt, say = _runtime(rt), say or (lambda line: None)
-    _check_lr(lr, optimizer)
-    goal, loss_name = target_of(target), _loss_name(loss)
-    if goal and goal.kind == 'accuracy_drop' and valid is None:
-        raise UserError('accuracy_drop decides by an accuracy, which must not be that of the test '
-                        'data: give valid=, a set of data or a share of the training data, such '
-                        'as .1')
     data, final, share = _judged(net, train, test, valid, name, version, say)
-    data.losses = {loss_name: LOSSES.get(loss_name, loss)}
-    if loss_name not in LOSSES and rt.device == 'cpu': _check_loss(loss, data.classes)
-    ask = lr in (None, 'auto')
+    data.losses = _losses(loss, data.classes, rt)
     epochs, settings = _budgeted(epochs, total_epochs, settings)
     r = _recipe(net, name, seeds, epochs, .1 if ask else lr, settings, data.batch)
     r = dataclasses.replace(r, valid=share)
-    times = 5 if total_epochs else r.iterations
-    cuts = plan(net, data.size, rates, target, times, multiple, streams)
+    how = dict(iterations=5 if total_epochs else r.iterations, multiple=multiple, streams=streams)
+    cuts = plan(net, data.size, rates, target, **how)
     if total_epochs: cuts = _at_once(cuts)
     say(cuts.text)
     _say_zeros(net, say)

@@ -179,6 +179,21 @@ def chosen(args) -> paper.Recipe:
     else: r = paper.with_settings(paper.recipe(args.recipe or 'digits/resnet20'), changes)
     return r.budget(args.budget) if args.budget else r
 
+# %% ../nbs/engine/cli.ipynb #cli-meeting
+def _meeting(r, args):
+    "The recipe with rates that meet the target of the arguments; says what will be left."
+    from kesi import anynet, macs, models, pipeline
+    anynet.target_of(args.target)                          # before the data are loaded
+    data = pipeline.load_for(r, args.data_root)
+    shape, classes = (data.channels, data.size, data.size), len(data.classes)
+    r = anynet.with_target(r, args.target, shape, classes)
+    left = [macs.count(models.Spec(r.arch, r.widths(i), classes, shape[0]), shape)
+            for i in (0, r.iterations)]
+    print(f'target: {anynet.target_of(args.target).text}. Planned: '
+          f'{left[0].params:,} → {left[1].params:,} parameters, '
+          f'{left[0].macs:,} → {left[1].macs:,} MACs ({left[1].macs / left[0].macs:.1%})')
+    return r
+
 # %% ../nbs/engine/cli.ipynb #b1871e3c
 def work(r: paper.Recipe,
          every: int | None = None, # measured every so many epochs; None: as often as is cheap
@@ -233,20 +248,6 @@ def side_by_side(r: paper.Recipe,
     cores = torch.get_num_threads()
     jobs = jobs or min(cores, r.seeds * len(chains(r)))
     return jobs, rt if jobs == 1 else dataclasses.replace(rt, threads=max(1, cores // jobs))
-
-def _meeting(r, args):
-    "The recipe with rates that meet the target of the arguments; says what will be left."
-    from kesi import anynet, macs, models, pipeline
-    anynet.target_of(args.target)                          # before the data are loaded
-    data = pipeline.load_for(r, args.data_root)
-    shape, classes = (data.channels, data.size, data.size), len(data.classes)
-    r = anynet.with_target(r, args.target, shape, classes)
-    left = [macs.count(models.Spec(r.arch, r.widths(i), classes, shape[0]), shape)
-            for i in (0, r.iterations)]
-    print(f'target: {anynet.target_of(args.target).text}. Planned: '
-          f'{left[0].params:,} → {left[1].params:,} parameters, '
-          f'{left[0].macs:,} → {left[1].macs:,} MACs ({left[1].macs / left[0].macs:.1%})')
-    return r
 
 def _run(args):
     if args.list: return print(listing(_runtime(args)))

@@ -178,10 +178,10 @@ def collect(home, # folder of a recipe's report, with `run.json` in it
 
 # %% ../nbs/engine/report.ipynb #9d1f0a13
 def markdown_table(head, # names of the columns
-                   rows, # of texts, one for each column
+                   rows, # of texts or numbers, one for each column
                   ) -> str: # Markdown
     "A table, from its head and its rows of cells."
-    def line(cells): return '|' + ''.join(f' {cell} |' if cell else ' |' for cell in cells)
+    def line(cells): return '|' + ''.join(' |' if c == '' else f' {c} |' for c in cells)
     return '\n'.join([line(head), '|' + '---|' * len(head), *map(line, rows)])
 
 # %% ../nbs/engine/report.ipynb #0b76004d

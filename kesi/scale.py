@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'grid', 'Sizes', 'sizes', 'training_work', 'Sweep', 'spec_of', 'disk', 'speeds', 'duration', 'bill',
-           'makespan', 'sweep', 'dry_run', 'Entry', 'users', 'inventory', 'inventory_table', 'busy', 'clean']
+           'makespan', 'Span', 'timeline', 'occupancy', 'sweep', 'dry_run', 'Entry', 'users', 'inventory',
+           'inventory_table', 'busy', 'clean']
 
 # %% ../nbs/engine/scale.ipynb #4ff182ba
 import dataclasses, fnmatch, functools, heapq, json, logging, os, re, shutil, sys, time
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 from fastcore.basics import patch
@@ -223,6 +225,39 @@ def makespan(stages: dict,  # key → stage, parents first
             parents[k].discard(done)
             if not parents[k]: heapq.heappush(ready, (-urgent[k], k))
     return now
+
+# %% ../nbs/engine/scale.ipynb #scale-timeline
+class Span(NamedTuple):
+    "When a stage was computed: seconds since the first of its run began."
+    name: str
+    begun: float
+    seconds: float
+
+def _with_prunings(root, folders):
+    "The named stages of one seed, and the prunings before its retrainings."
+    found = {folder: name for name, folder in folders.items()}
+    for folder, name in [*found.items()]:
+        m = read_manifest(root/folder)
+        if m['kind'] == 'retrain': found.setdefault(f'prune-{m["parents"][0]}', f'prune for {name}')
+    return found
+
+def timeline(home, # folder of a report, with `run.json` in it
+            ) -> list[Span]: # in the order in which they began
+    "When the stages of a run were computed; each says so to the second."
+    root, _ = report._home(Path(home))
+    found = []
+    for seed, folders in enumerate(read_record(home)['seeds']):
+        for folder, name in _with_prunings(root, folders).items():
+            m = read_manifest(root/folder)
+            done = datetime.fromisoformat(m['finished']).timestamp()
+            found.append(Span(f'seed {seed} · {name}', done - m['seconds'], m['seconds']))
+    first = min(s.begun for s in found)
+    return sorted((s._replace(begun=s.begun - first) for s in found), key=lambda s: s.begun)
+
+def occupancy(spans, workers: int) -> float: # from 0 to 1
+    "The share of the workers' time, from the first stage to the last, that stages had."
+    whole = max(s.begun + s.seconds for s in spans) - min(s.begun for s in spans)
+    return sum(s.seconds for s in spans) / (workers * whole)
 
 # %% ../nbs/engine/scale.ipynb #708013f9
 def _ray():

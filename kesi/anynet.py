@@ -231,7 +231,7 @@ def show_groups(found,          # what `groups` returned
         rows.append(f'| {g.name} | {g.width} | {_few(together)} | {_few(g.readers)} | {plan} |')
     return '\n'.join(rows)
 
-# %% ../nbs/use/any_network.ipynb #cc42cb36
+# %% ../nbs/use/any_network.ipynb #cc42cb35
 def _within(name, path): return path in ('', name) or name.startswith(f'{path}.')
 
 def _by_path(found, rates):
@@ -250,6 +250,7 @@ def _by_path(found, rates):
 
 def _is_rate(r): return isinstance(r, (int, float)) and not isinstance(r, bool) and 0 <= r < 1
 
+# %% ../nbs/use/any_network.ipynb #cc42cb36
 def spread(found, # the groups of a network
            rates, # one number, one per group that may be cut, or a dictionary: path → number
           ) -> tuple[float, ...]: # one rate per group that may be cut
@@ -270,8 +271,7 @@ def spread(found, # the groups of a network
     if len(rates) == 1: rates = rates * n
     if len(rates) != n:
         raise UserError(f'this network takes 1 rate for all or {n} (one per group that may be '
-                        f'cut), '
-                        f'got {len(rates)}')
+                        f'cut), got {len(rates)}')
     return tuple(map(float, rates))
 
 # %% ../nbs/use/any_network.ipynb #677396ad
@@ -1011,7 +1011,7 @@ def _rates_at(r, times) -> tuple:
 def _reachable(r) -> float:
     "How often the rates can be applied before a layer would lose all its filters."
     def fails(k):
-        try: r.__class__(**{**vars(r), 'rates': _rates_at(r, k / 64)})
+        try: dataclasses.replace(r, rates=_rates_at(r, k / 64))
         except UserError: return True
         return False
     return max(0, smallest(fails, 1024) - 1) / 64

@@ -605,7 +605,7 @@ def each(name: str, *shows, # functions of one result → Markdown, a figure or 
             for m in made if isinstance(made, list) else [made]:
                 display(Markdown(m) if isinstance(m, str) else m)
 
-# %% ../nbs/engine/studies.ipynb #d0b1e004
+# %% ../nbs/engine/studies.ipynb #d0b1e014
 def sample(result) -> str:
     "What the dots and bars of a figure are."
     n = len(result['seeds'])
@@ -627,6 +627,7 @@ def frame(ax, vs, axis='y'):
     margin = .08 * (high - low) or 1.
     ax.set(**{f'{axis}lim': (low - margin, high + margin)})
 
+# %% ../nbs/engine/studies.ipynb #d0b1e004
 def judged(result, rows, # triples (name, network, reference)
           ):
     "A figure of paired differences: each dot a seed, the bar their mean with its 95 % interval."

@@ -224,7 +224,7 @@ def _epoch(net, loader, objective, opt, masks, rates, seed, rt):
         (loss * (mine * rt.processes / n)).backward()                     # alone: times 1
         opt.step()
         keep_zeros(*masks)
-        right = (logits.detach().argmax(1) == y).sum()
+        right = (logits.detach().argmax(1) == y).sum(dtype=dtype)
         total += torch.stack([loss.detach() * mine, right * (mine / len(y))])
         seen += n
     return total / seen

@@ -2,7 +2,8 @@
 
 `several.py run FOLDER [RANK EPOCH]`: a tiny run, in which one process may be killed.
 `several.py both FOLDER FILE`: the gradients of a training into the file, then such a run."""
-import os, signal, sys
+import os, signal, sys, time
+from pathlib import Path
 import drive, torch
 from kesi import cli, training
 from kesi.data import Dataset, Loader, Split
@@ -53,12 +54,22 @@ def gradients(rt):
 def never(*a, **kw): raise AssertionError('only the main process may write')
 
 
+def wait_for_a_checkpoint(out, patience=120):
+    "The main process may still be writing that of the epoch before."
+    end = time.monotonic() + patience
+    while not list(Path(out).glob('.*.partial/checkpoint.safetensors')):
+        assert time.monotonic() < end, 'no checkpoint'
+        time.sleep(.02)
+
+
 def run(rt, out, rank=None, epoch=None):
     "A tiny run; one process may be killed in some epoch. Only the main process may write."
     real, count = training._epoch, [0]
     def fatal(*a):
         count[0] += 1
-        if rt.rank == rank and count[0] == epoch: os.kill(os.getpid(), signal.SIGKILL)
+        if rt.rank == rank and count[0] == epoch:
+            wait_for_a_checkpoint(out)
+            os.kill(os.getpid(), signal.SIGKILL)
         return real(*a)
     training._epoch = fatal
     if rt.rank: os.replace = os.rename = never

@@ -114,7 +114,7 @@ class Group:
     block: int = 1             # filters that can only go together
     stuck: str | None = None   # why the network fails without some of them; None: it does not
 
-_UNCLEAR = 'unclear channels'
+_UNCLEAR = 'unclear channels (the graph cannot follow a view or a split)'
 _LOST = (ArithmeticError, AssertionError, AttributeError, LookupError,
          RuntimeError, TypeError, ValueError)
 
@@ -181,7 +181,9 @@ class _Walk:
 
     def top(self, i):
         "The filter that stands for all that go with this one."
-        while self.chief[i] != i: i = self.chief[i]
+        while self.chief[i] != i:
+            self.chief[i] = self.chief[self.chief[i]]                   # shorter next time
+            i = self.chief[i]
         return i
 
     def units(self) -> list[int]: # filter → number of the unit that goes as a whole
@@ -489,12 +491,12 @@ def _oddities(graph, group) -> tuple:
     "What of a group Torch-Pruning may misread: reshapes, splits, layers that compute otherwise."
     if group.name in graph.hidden: return ()
     found, ops = set(), graph.tp.ops.OPTYPE
-    for node, _ in graph.walk(group.name).parts:
-        m = node.module
+    for node, side in graph.walk(group.name).parts:
+        m, out = node.module, graph.graph.is_out_channel_pruning_fn(side)
         name = str(m._grad_fn) if hasattr(m, '_grad_fn') else type(m).__name__
         ours = m in graph.name and type(m).__module__.startswith('torch.nn')
         if ours or m in graph.called or node.type in (ops.CONCAT, ops.OUTPUT): continue
-        if not (hasattr(m, '_grad_fn') and _PLAIN.match(name)): found.add(name)
+        if not (hasattr(m, '_grad_fn') and _PLAIN.match(name)): found.add((name, out))
     return tuple(sorted(found))
 
 def _shaken(net):

@@ -6,7 +6,7 @@ STORY, ENGINE, USE, REPRODUCTION = 'The story', 'Engine room', 'Use it', 'Reprod
 _ENGINE = ('runtime', 'data', 'downloads', 'other_networks', 'authors_files', 'sensitivity',
            'training', 'folding', 'store', 'report', 'scale', 'bench', 'cli', 'studies',
            'studies_controls')
-_USE = ('your_own_network', 'should_i_use_it', 'compress', 'any_network', 'deploy', 'zoo',
+_USE = ('your_own_network', 'should_i_use_it', 'compress', 'any_network', 'criteria', 'deploy', 'zoo',
         'playground', 'slurm')
 _REPRODUCTION = ('cifar10', 'digits', 'fashion_mnist', 'counts', 'diversity', 'landscape',
                  'restart_height', 'teachers', 'views', 'how_far', 'speed', 'cifar',

@@ -640,9 +640,10 @@ class Batches:
 # %% ../nbs/use/compress.ipynb #51882d02
 def _kind_of(source) -> str:
     "What a caller gave, in words."
-    name = type(source).__name__
-    if not isinstance(source, (tuple, list)): return name
-    return f'{name} of {len(source)}' + (f' {type(source[0]).__name__}s' if source else '')
+    name, several = type(source).__name__, isinstance(source, (tuple, list))
+    if several and len(source) > 3: return f'{name} of {len(source)} {type(source[0]).__name__}s'
+    kinds = ' and '.join(type(v).__name__ for v in source) if several else ''
+    return f'{name} of {kinds}' if kinds else name
 
 def _as_dataset(source, what):
     "What the caller gave, where it is no DataLoader, as a Dataset."
@@ -1210,14 +1211,15 @@ class Compressed:
 def milliseconds(self: Compressed,
                  names=None, # of snapshots; None: the network as given, and this one
                  seconds: float = .5, # of measuring for each
-                ) -> dict: # name → median milliseconds of one image, one thread
+                 quantile: float | tuple = .5, # .5 is the median; several give the spread
+                ) -> dict: # name → milliseconds of one image, one thread
     "How long the networks take on this machine, in turns; in ONNX Runtime where it is installed."
     names = tuple(names or dict.fromkeys((self.snapshots[0].name, self.stage)))
-    if names not in self.times:
+    if (names, quantile) not in self.times:
         asked = [s for s in self.snapshots if s.name in names]
         runs = {s.name: deploy.runner(s.network, self.shape) for s in asked}
-        self.times[names] = deploy.in_turns(runs, self.shape, seconds)
-    return self.times[names]
+        self.times[names, quantile] = deploy.in_turns(runs, self.shape, seconds, quantile)
+    return self.times[names, quantile]
 
 # %% ../nbs/use/compress.ipynb #c0a1d020
 def _accuracy(net, batches, rt): return evaluate(rt.place(copy.deepcopy(net)), batches, rt)[1]

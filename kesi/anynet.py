@@ -1647,8 +1647,9 @@ def _judged(net, train, test, valid, name, version, say):
     "What to learn from and judge by, and what the test is made with; their labels fit the network."
     learn, judge, last = _parts(train, test, valid)
     data = Source(learn, judge, name, version, say)
-    data.expect(classes_of(net, data.size))
+    classes = classes_of(net, data.size)
     _check_answers(net, data.size)
+    data.expect(classes)
     _refuse_overlap(train, test, valid, say)
     if last is None: return data, data, 0.
     final, n, m = Source(*last), data.images('train'), data.images('test')
@@ -1667,8 +1668,8 @@ def _planned(net, data, r, rates, target, multiple, streams, at_once, say):
     cuts = plan(net, data.size, rates, target, iterations, multiple, streams)
     if at_once: cuts = _at_once(cuts)
     if cuts.counts[-1].params == cuts.counts[0].params:
-        raise UserError(f'rates={rates!r} remove nothing; give larger rates=, or multiple=1, which '
-                        'does not round widths')
+        raise UserError(f'nothing would be cut at rates={rates!r}; give larger ones, or multiple=1, '
+                        'which does not round widths')
     say(cuts.text)
     _say_zeros(net, say)
     return cuts

@@ -951,7 +951,7 @@ from .data import Dataset, hold_out
 from .macs import count
 from .paper import Recipe
 from .pipeline import Distill, Numerics, Prune, Retrain, Stage, chains, trainings
-from .runtime import Diverged, Runtime, auto, derive_seed, digest
+from .runtime import Diverged, Runtime, auto, derive_seed, digest, write_json
 from .store import Progress, Store, stages_of
 from .training import answers, evaluate, fit, loaders
 
@@ -961,35 +961,37 @@ def _refuse_batch(batch):
     if isinstance(batch, dict):
         keys = ', '.join(map(repr, list(batch)[:4]))
         raise UserError(f'the DataLoader yields dictionaries (with {keys}); kesi needs (image, '
-                        f'label) '
-                        'pairs. A collate_fn can make them: lambda rows: (torch.stack([r[IMAGE] '
-                        'for '
-                        'r in rows]), torch.tensor([r[LABEL] for r in rows]))')
+                        'label) pairs. A collate_fn can make them: lambda rows: (torch.stack('
+                        '[r[IMAGE] for r in rows]), torch.tensor([r[LABEL] for r in rows]))')
     several = isinstance(batch, (tuple, list))
     if not several or len(batch) != 2:
         what = type(batch).__name__ + (f' of {len(batch)}' if several else '')
         raise UserError(f'the data must yield (image, label) pairs; got {what}')
+    if isinstance(batch[0], torch.Tensor) and isinstance(batch[1], int):
+        raise UserError('the DataLoader yields single images; give it a batch_size')
     if not all(isinstance(t, torch.Tensor) for t in batch):
         kinds = ' and '.join(type(t).__name__ for t in batch)
         raise UserError(f'images and labels must come as tensors; got {kinds}. In a Dataset of '
-                        f'pictures '
-                        'use the transform torchvision.transforms.ToTensor()')
+                        'pictures use the transform torchvision.transforms.ToTensor()')
+
+def _refuse_images(x):
+    "Refuse what are no images for a network, and say what came instead."
+    if x.ndim != 4:
+        raise UserError(f'a batch of images must be N×C×H×W; got shape {tuple(x.shape)}')
+    if not x.is_floating_point():
+        raise UserError('images must be floating-point numbers, scaled as the network was trained; '
+                        f'got {x.dtype}. For bytes: images.float() / 255, or a kesi.data.Dataset, '
+                        'which also crops and mirrors')
+    if not x.isfinite().all(): raise UserError('images must be finite numbers; some are NaN or inf')
 
 def _pair(batch, classes=None):
     "An (image, label) batch, or an error that says what came instead."
     _refuse_batch(batch)
     x, y = batch
-    if x.ndim != 4: raise UserError(f'a batch of images must be N×C×H×W; got shape '
-                                    f'{tuple(x.shape)}')
-    if not x.is_floating_point():
-        raise UserError('images must be floating-point numbers, scaled as the network was '
-                        'trained; got '
-                        f'{x.dtype}. For bytes: images.float() / 255, or a kesi.data.Dataset, '
-                        f'which '
-                        'also crops and mirrors')
+    _refuse_images(x)
     if y.ndim == 2 and y.is_floating_point() and len(y) == len(x): return x, _soft(y, classes)
     if y.ndim != 1 or len(y) != len(x) or y.is_floating_point():
-        raise UserError('labels must be whole numbers, one for each image; '
+        raise UserError('labels must be whole numbers, one for each image, or soft labels N×K; '
                         f'got {y.dtype} of shape {tuple(y.shape)} for {len(x)} images')
     if classes: _check_labels(y, classes)
     return x, y
@@ -1007,9 +1009,9 @@ def _soft(y, classes):
 def _check_labels(y, classes):
     low, high = int(y.min()), int(y.max())
     if low >= 0 and high < classes: return
+    hint = '. Subtract 1 where they begin with 1' if (low, high) == (1, classes) else ''
     raise UserError(f'labels must be from 0 to {classes - 1}, as the network gives {classes} '
-                    f'logits; '
-                    f'found {low if low < 0 else high}')
+                    f'logits; found {low if low < 0 else high}{hint}')
 
 # %% ../nbs/use/compress.ipynb #c0a1d005
 @contextlib.contextmanager
@@ -1064,6 +1066,13 @@ class Batches:
         with drawn(_generators(self.loader), *seed, 'images'): yield from self
 
 # %% ../nbs/use/compress.ipynb #51882d02
+def _kind_of(source) -> str:
+    "What a caller gave, in words."
+    name, several = type(source).__name__, isinstance(source, (tuple, list))
+    if several and len(source) > 3: return f'{name} of {len(source)} {type(source[0]).__name__}s'
+    kinds = ' and '.join(type(v).__name__ for v in source) if several else ''
+    return f'{name} of {kinds}' if kinds else name
+
 def _as_dataset(source, what):
     "What the caller gave, where it is no DataLoader, as a Dataset."
     several = isinstance(source, (tuple, list))
@@ -1075,8 +1084,8 @@ def _as_dataset(source, what):
     plain = isinstance(source, (dict, str, tuple, list))
     if not isinstance(source, TorchDataset) and (not rows or plain):
         raise UserError(f'{what} must be (images, labels) as tensors, a torch Dataset, a '
-                        f'DataLoader of (image, '
-                        f'label), or a kesi.data.Dataset; got {type(source).__name__}')
+                        'DataLoader of (image, label), or a kesi.data.Dataset; '
+                        f'got {_kind_of(source)}')
     return _counted(source, what)
 
 def _counted(data, what):
@@ -1101,10 +1110,11 @@ def _loader(source,      # what the caller gave
             train: bool,
            ) -> DataLoader:
     "A DataLoader for whatever holds images and labels."
+    what = 'train' if train else 'test'
     if isinstance(source, DataLoader):
-        _counted(source.dataset, 'train' if train else 'test')
+        _counted(source.dataset, what)
         return source if train else _in_order(source)
-    data = _as_dataset(source, 'train' if train else 'test')
+    data = _as_dataset(source, what)
     batch = batch if train else 500
     if not isinstance(data, TensorDataset): return DataLoader(data, batch, shuffle=train)
     order = (RandomSampler if train else SequentialSampler)(data)
@@ -1139,13 +1149,12 @@ def _read(data, what, say):
     few = sorted({*range(min(n, 8)), *range(max(0, n - 8), n)})
     if _samples(data, few) != _samples(data, few):
         raise UserError(f'{what}: the samples come out differently each time, so their content '
-                        f'cannot be told; '
-                        'give version=, any word that you change whenever the data change')
+                        'cannot be told; give version=, any word that you change whenever the data '
+                        'change')
     seconds = (time.perf_counter() - begun) / (2 * len(few)) * n
     if seconds > 20:
         say(f'{what}: all {n:,} samples are read once, to tell them from others (about '
-            f'{seconds:.0f} s); '
-            'version=, any word that you change with the data, spares this')
+            f'{seconds:.0f} s); version=, any word that you change with the data, spares this')
     return _samples(data, range(n))
 
 # %% ../nbs/use/compress.ipynb #4edaf206
@@ -1177,7 +1186,8 @@ def content(source,          # data as the caller gave them
     return [_read(data, what, say), *more]
 
 def _of_tensor(t):
-    return hashlib.sha256(t.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
+    flat = t.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 # %% ../nbs/use/compress.ipynb #4be9caa2
 def _first(batches, what):
@@ -1196,34 +1206,31 @@ def _labels_at_hand(part):
     return getattr(data, 'targets', None)                   # as torchvision's datasets have it
 
 # %% ../nbs/use/compress.ipynb #96835823
+def _digest_of(given, name, version, say) -> str:
+    "What names both parts; where nothing is kept, nobody needs to know."
+    plain = all(isinstance(p, (Dataset, tuple, list, type(None))) for p in given)
+    if not name and not plain: return digest(['unnamed', 0, 0])
+    if version is not None and plain:
+        raise UserError('version has no effect: tensors and kesi datasets are told by their bytes')
+    parts = zip(given, ('train', 'test'))
+    said = [None if p is None else content(p, what, version, say) for p, what in parts]
+    return digest([name or 'unnamed', *said])
+
 class Source:
     "Data that the caller brought, as the engine wants them: to train on, and to measure on."
     def __init__(self, train, test, name=None, version=None, say=print):
+        if not isinstance(train, (Dataset, DataLoader)): _as_dataset(train, 'train')
         if not isinstance(train, Dataset) and test is None:
             raise UserError('give test data too: compress(net, train, test); only a '
                             'kesi.data.Dataset holds both')
         self.given, self.name, self.classes = (train, test), name or 'unnamed', None
         self.ours = train if isinstance(train, Dataset) else None
-        self.digest = digest([self.name, *self._contents(name, version, say)])
-        rt = Runtime(channels_last=False)
-        (x, y), (tx, ty) = (_first(b, w) for b, w in zip(self.loaders(64, rt), ('train', 'test')))
-        if x.shape[1:] != tx.shape[1:]:
-            raise UserError(f'training images have the shape {tuple(x.shape[1:])}, test images '
-                            f'{tuple(tx.shape[1:])}')
-        self.size = tuple(x.shape[1:])
-
-    def _contents(self, name, version, say):
-        "What names both parts; where nothing is kept, nobody needs to know."
-        parts = list(zip(self.given, ('train', 'test')))
-        known = all(isinstance(p, (Dataset, tuple, list, type(None))) for p in self.given)
-        if not name and not known: return [0, 0]
-        return [None if p is None else content(p, what, version, say) for p, what in parts]
-
-    def expect(self, classes):
-        "Hold all labels that are at hand against the number of classes; the others when they come."
-        self.classes = classes
-        for labels in map(_labels_at_hand, self.given):
-            if labels is not None and len(labels): _check_labels(torch.as_tensor(labels), classes)
+        self.digest = _digest_of(self.given, name, version, say)
+        pairs = zip(self.loaders(64, Runtime(channels_last=False)), ('train', 'test'))
+        (x, y), (tx, _) = (_first(b, what) for b, what in pairs)
+        self.size, size, self.soft = tuple(x.shape[1:]), tuple(tx.shape[1:]), hasattr(y, 'soft')
+        if self.size != size:
+            raise UserError(f'training images have the shape {self.size}, test images {size}')
 
     @property
     def batch(self) -> int | None:
@@ -1240,6 +1247,16 @@ class Source:
     def loaders(self, batch, rt):
         if self.ours: return loaders(self.ours, batch, rt)
         return self._loader('train', batch, rt), self._loader('test', batch, rt)
+
+# %% ../nbs/use/compress.ipynb #c0a1d041
+@patch
+def expect(self: Source, classes):
+    "Hold all labels that are at hand against the number of classes; the others when they come."
+    self.classes = classes
+    for labels in map(_labels_at_hand, self.given):
+        if labels is None or not len(labels): continue
+        labels = torch.as_tensor(labels)
+        if labels.ndim == 1: _check_labels(labels, classes)
 
 # %% ../nbs/use/compress.ipynb #c0a1d011
 def rounded(wanted: float,  # filters that should be left
@@ -1291,8 +1308,9 @@ def target_of(target) -> Target | None: # as the caller wrote it: {'macs': .5}
                         f"{{'macs': .5}}; got {target!r}")
     v, drop = target[kind], kind == 'accuracy_drop'
     fits = isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
-    if fits and (0 <= v < 1 if drop else v > 0): return Target(kind, float(v))
-    allowed = 'a share below 1, or a number from 1'
+    few = fits and 1 <= v <= 100 and kind != 'milliseconds'                    # meant as per cent
+    if fits and (0 <= v < 1 if drop else v > 0 and not few): return Target(kind, float(v))
+    allowed = 'a share below 1 (.5 is half), or how many may be left'
     if drop: allowed = 'a number from 0 to below 1 (.01 is one point)'
     raise UserError(f'target: {kind} must be {allowed}; got {v!r}')
 
@@ -1350,8 +1368,8 @@ def _time_share(net, small, shape, seconds=.7):
 def _goal_of(target, net, shape, whole):
     "A target as a share of what the network has now."
     now = 1 if target.value < 1 else whole or _time_share(net, net, shape)[1]
-    if target.value >= now: raise UserError(f'the network meets the target of {target.text} '
-                                            f'already')
+    if target.value >= now:
+        raise UserError(f'the network meets the target of {target.text} already')
     return target.value / now
 
 def _meeting(net, shape, found, rates, multiple, target, streams):
@@ -1366,8 +1384,7 @@ def _meeting(net, shape, found, rates, multiple, target, streams):
     timed = functools.cache(lambda widths: _time_share(net, narrow(widths), shape)[0])
     if (least := (share if measure else timed)(at(most))) > goal:
         raise UserError(f'{target.text} cannot be reached: with all groups that may be cut as '
-                        f'narrow '
-                        f'as can be, {least:.0%} of the {what} remain. '
+                        f'narrow as can be, {least:.0%} of the {what} remain. '
                         'Other rates=, or streams=True, cut more')
     if measure: return _by_counting(at, most, share, goal)
     start = smallest(lambda k: share(at(most * k / 64)) <= max(goal, share(at(most))), 64)
@@ -1387,8 +1404,7 @@ class Plan:
         a, b, n = self.counts[0], self.counts[-1], len(self.widths[-1])
         goal = f'target: {self.target.text}. ' if self.target else ''
         return (f'{goal}{n} of {len(self.groups)} groups of layers are cut {len(self.widths)} '
-                f'times: '
-                f'{a.params:,} → {b.params:,} parameters, {a.macs:,} → {b.macs:,} MACs '
+                f'times: {a.params:,} → {b.params:,} parameters, {a.macs:,} → {b.macs:,} MACs '
                 f'({b.macs / a.macs:.1%})')
     def _repr_markdown_(self): return f'{show_groups(self.groups, self.widths[-1])}\n\n{self.text}'
 
@@ -1625,14 +1641,15 @@ class Compressed:
 def milliseconds(self: Compressed,
                  names=None, # of snapshots; None: the network as given, and this one
                  seconds: float = .5, # of measuring for each
-                ) -> dict: # name → median milliseconds of one image, one thread
+                 quantile: float | tuple = .5, # .5 is the median; several give the spread
+                ) -> dict: # name → milliseconds of one image, one thread
     "How long the networks take on this machine, in turns; in ONNX Runtime where it is installed."
     names = tuple(names or dict.fromkeys((self.snapshots[0].name, self.stage)))
-    if names not in self.times:
+    if (names, quantile) not in self.times:
         asked = [s for s in self.snapshots if s.name in names]
         runs = {s.name: deploy.runner(s.network, self.shape) for s in asked}
-        self.times[names] = deploy.in_turns(runs, self.shape, seconds)
-    return self.times[names]
+        self.times[names, quantile] = deploy.in_turns(runs, self.shape, seconds, quantile)
+    return self.times[names, quantile]
 
 # %% ../nbs/use/compress.ipynb #c0a1d020
 def _accuracy(net, batches, rt): return evaluate(rt.place(copy.deepcopy(net)), batches, rt)[1]
@@ -1687,10 +1704,15 @@ _DISTILLS = ('temperature', 'reduction', 'distill_epochs', 'distill_batch', 'dis
 _ONLY = {'small_lr': ('pfec',), **dict.fromkeys(_DISTILLS, ('kesi',)),
          **dict.fromkeys(('warmup', 'cycle_momentum'), ('one-cycle', 'kesi'))}
 
+_MEANT = {'seed': 'seeds=1, 2, … runs it with the seeds 0, 1, …',
+          'batch_size': 'retrain_batch and distill_batch are the images per step',
+          'device': "rt=kesi.runtime.auto('cuda:0') says where to compute"}
+
 def _refuse_ignored(settings, loader):
     "Refuse settings that would have no effect."
     variants = settings.get('variants', ('kesi',))
     for n in settings:
+        if n in _MEANT: raise UserError(f'compress has no setting {n!r}: {_MEANT[n]}')
         if n in _NOT_OURS:
             raise UserError(f'compress has no setting {n!r}: it prunes filters of a network that '
                             f'is trained already')
@@ -1703,21 +1725,24 @@ def _refuse_ignored(settings, loader):
                             f'batch_size instead')
 
 # %% ../nbs/use/compress.ipynb #5786bc27
-def _recipe(net, name, seeds, epochs, lr, settings, batch):
+def _recipe(net, data, seeds, lr, valid, epochs, settings):
     "A recipe for a stranger; what is wrong is named as it was given."
-    _refuse_ignored(settings, batch)
-    sizes = {'retrain_batch': batch, 'distill_batch': batch} if batch else {}
-    base = Recipe(data=name or 'unnamed', arch=f'own:{type(net).__name__}')
+    _refuse_ignored(settings, data.batch)
+    base = Recipe(data=data.name, arch=f'own:{type(net).__name__}')
+    given = {'retrain_epochs': epochs, 'retrain_lr': lr, 'seeds': seeds, 'variants': ('kesi',)}
+    if data.batch: given |= {'retrain_batch': data.batch, 'distill_batch': data.batch}
+    given = {n: _plain_number(v) for n, v in {**given, **settings}.items()}
     try:
-        r = paper.from_dict({'retrain_epochs': epochs, 'retrain_lr': lr, 'seeds': seeds,
-                             'variants': ('kesi',), **sizes, **settings}, base)
-        if 'distill_epochs' in settings: return r
-        return dataclasses.replace(r, distill_epochs=2 * epochs)
+        r = paper.from_dict(given, base)
+        longer = {} if 'distill_epochs' in given else {'distill_epochs': 2 * r.retrain_epochs}
+        return dataclasses.replace(r, valid=valid, **longer)
     except UserError as e:
         said = str(e)
-        for theirs, ours in _CALLED.items(): said = said.replace(f'{theirs} must '
-                                                                 f'be', f'{ours} must be')
+        for theirs, ours in _CALLED.items():
+            said = said.replace(f'{theirs} must be', f'{ours} must be')
         raise UserError(said) from None
+
+def _unsaid(line): pass
 
 def _runtime(rt):
     "Foreign code is taken as it is: no memory format (`view` would fail), folding or padding."
@@ -1727,15 +1752,15 @@ def _runtime(rt):
     return rt
 
 # %% ../nbs/use/compress.ipynb #c0a1d032
-_RATES = {'sgd': (.3, .1, .03, .01, .003, .001),
+_RATES = {'sgd': (.1, .03, .01, .003, .001),
           **dict.fromkeys(('adam', 'adamw'), (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5))}
 
 def _check_lr(lr, optimizer):
     "A rate must suit its optimizer."
-    if optimizer not in _RATES:
+    if not isinstance(optimizer, str) or optimizer not in _RATES:
         raise UserError(f'optimizer must be one of {", ".join(_RATES)}; got {optimizer!r}')
     number = isinstance(lr, (int, float)) and not isinstance(lr, bool)
-    if not number and lr not in (None, 'auto'):
+    if not number and not (lr is None or isinstance(lr, str) and lr == 'auto'):
         raise UserError(f"lr must be a number above 0, or 'auto'; got {lr!r}")
     if number and optimizer != 'sgd' and lr >= .1:
         raise UserError(f"lr={lr:g} is a rate of SGD; those of {optimizer} are about a hundredth "
@@ -1767,41 +1792,34 @@ class _Trial:
 
 # %% ../nbs/use/compress.ipynb #c0a1d033
 def _lr_trials(net,        # pruned, not yet trained on
-               source,     # the data
+               trial,      # a few of the images
                training,   # of a restart
                loss,       # logits, labels → loss
                rt,
-               seed: int = 0,
               ) -> dict:   # rate → mean loss on what was held out, and its standard error
     "What a short restart at each rate makes of a network; rates that diverge are left out."
-    trial, found = _Trial(source, seed), {}
+    found, seed = {}, (trial.seed, 'lr')
     for lr in _RATES[training.optimizer]:
         short = dataclasses.replace(training, epochs=1, lr=lr)
-        try: tried, _ = fit(net, trial, short, _objective(loss), seed=(seed, 'lr'), rt=rt)
+        try: tried, _ = fit(net, trial, short, _objective(loss), seed=seed, rt=rt)
         except Diverged: continue
         with rt.active():
             held = trial.loaders(training.batch, rt)[1]
             each = F.cross_entropy(*answers(rt.place(tried), held, rt), reduction='none').double()
         found[lr] = each.mean().item(), (each.std() / len(each)**.5).item()
-    if not found: raise Diverged(f'no rate from {min(_RATES[training.optimizer]):g} up can train '
-                                 f'this network; are its images scaled as they were?')
-    return found
+    if found: return found
+    raise UserError(f'no rate from {min(_RATES[training.optimizer]):g} up can train this network; '
+                    'are its images scaled as they were?')
 
 def _proposed(trials) -> float:
     "The largest rate whose loss is within one standard error of the lowest."
     lowest, error = min(trials.values())
     return max(lr for lr, (loss, _) in trials.items() if loss <= lowest + error)
 
-def _with_lr(r, net, data, cuts, streams, optimizer, rt, say):
-    "The recipe with a rate that a short test proposes."
-    first = cut_to(net, data.size, cuts.widths[0], streams)
-    training = dataclasses.replace(trainings(r)['one-cycle'], optimizer=optimizer)
-    trials = _lr_trials(first, data, training, *data.losses.values(), rt)
-    lr = _proposed(trials)
-    losses = ', '.join(f'{n:g}: {loss:.3f}' for n, (loss, _) in trials.items())
-    say(f'lr={lr:g} is proposed ({optimizer}; loss of held-out training images after a short '
-        f'restart at {losses})')
-    return dataclasses.replace(r, retrain_lr=lr)
+def _said_before(path) -> float | None:
+    "The rate that a file says, if there is one."
+    try: return float(json.loads(path.read_text(encoding='utf-8'))['lr'])
+    except (OSError, ValueError, TypeError, KeyError): return None
 
 # %% ../nbs/use/compress.ipynb #c0a1d035
 def _budgeted(epochs, total, settings):
@@ -1828,35 +1846,74 @@ def _at_once(cuts):
 # %% ../nbs/use/compress.ipynb #c0a1d023
 def _held_out(train, valid):
     "A share of the training data, apart."
-    if not 0 < valid < 1: raise UserError(f'valid must be a share between 0 and 1, or a set of '
-                                          f'data; got {valid!r}')
+    if not 0 < valid < 1:
+        raise UserError(f'valid must be a share between 0 and 1, or a set of data; got {valid!r}')
     if isinstance(train, DataLoader):
         raise UserError('valid: a share of a DataLoader cannot be held out (its images may be '
-                        'augmented); '
-                        'give a set of its own')
+                        'augmented); give a set of its own')
     pair = isinstance(train, (tuple, list))
     n = len(train[0] if pair else train)
+    cut_at = round(valid * n)
+    if not 0 < cut_at < n:
+        raise UserError(f'valid={valid:g} of {n} training images are {cut_at} of them')
     order = torch.randperm(n, generator=generator('valid', n))
-    cut_at = max(1, round(valid * n))
     parts = [order[cut_at:].sort().values, order[:cut_at].sort().values]
     if pair: return [tuple(t[i] for t in train) for i in parts]
     return [Subset(train, i.tolist()) for i in parts]
 
+def _is_share(valid): return isinstance(valid, (int, float)) and not isinstance(valid, bool)
+
 def _parts(train, test, valid):
     "What to train on, what to judge by, and what the test is made with at the end."
+    ours = isinstance(train, Dataset)
+    if ours and test is not None:
+        raise UserError(f'{train.name} is a kesi.data.Dataset, which holds its test images; leave '
+                        'test out')
     if valid is None: return train, test, None
-    share = isinstance(valid, (int, float)) and not isinstance(valid, bool)
-    if isinstance(train, Dataset):
-        if not share: raise UserError(f'valid must be a share between 0 and 1 with a '
-                                      f'kesi.data.Dataset; got {type(valid).__name__}')
-        if not 0 < valid < 1: raise UserError(f'valid must be a share between 0 and 1; got '
-                                              f'{valid!r}')
-        return hold_out(train, valid), None, (train, None)
+    if ours:
+        if _is_share(valid) and 0 < valid < 1: return hold_out(train, valid), None, (train, None)
+        said = repr(valid) if _is_share(valid) else _kind_of(valid)
+        raise UserError(f'valid must be a share between 0 and 1 with a kesi.data.Dataset; '
+                        f'got {said}')
     if test is None: raise UserError('give test data too: compress(net, train, test)')
-    if not share: return train, valid, (valid, test)
-    if not isinstance(train, DataLoader): _as_dataset(train, 'train')
+    for data, what in ((train, 'train'), (valid, 'valid')):
+        if not (isinstance(data, DataLoader) or _is_share(data)): _as_dataset(data, what)
+    if not _is_share(valid): return train, valid, (valid, test)
     rest, apart = _held_out(train, valid)
     return rest, apart, (apart, test)
+
+# %% ../nbs/use/compress.ipynb #c0a1d043
+def _images_of(part) -> list:
+    "What tells the images of a set from each other: their bytes, or set and number."
+    loader = part if isinstance(part, DataLoader) else None
+    data = loader.dataset if loader else part
+    if isinstance(data, Subset):
+        every = _images_of(data.dataset)
+        return [every[i] for i in data.indices]
+    tensors = data.tensors if isinstance(data, TensorDataset) else data
+    if isinstance(tensors, (tuple, list)):
+        found = [hash(x.numpy().tobytes()) for x in tensors[0].detach().cpu()]
+    else: found = [(id(data), i) for i in range(len(data))]
+    chosen = loader and isinstance(loader.sampler, SubsetRandomSampler)
+    return [found[i] for i in loader.sampler.indices] if chosen else found
+
+def _overlap(a, b) -> tuple[int, int]: # and the images of a
+    "How many images of a set are in another one too; a few may be twins."
+    found, there = _images_of(a), set(_images_of(b))
+    n = sum(i in there for i in found)
+    return (n if n > len(found) / 20 else 0), len(found)
+
+def _refuse_overlap(train, test, valid, say):
+    "Decisions need images of their own; a test on what was learned is allowed, but said."
+    pairs = [('valid', valid, 'training', train), ('valid', valid, 'test', test)]
+    for a, apart, b, other in pairs if not (valid is None or _is_share(valid)) else ():
+        n, m = _overlap(apart, other)
+        if n: raise UserError(f'{a}: {n:,} of {m:,} images are {b} images too; give images that '
+                              'decide only')
+    if test is None: return
+    n, m = _overlap(test, train)
+    if n: say(f'test: {n:,} of {m:,} images are training images too, so the accuracies below say '
+              'little about new images')
 
 # %% ../nbs/use/compress.ipynb #c0a1d039
 def _alone(loader) -> bool:
@@ -1917,6 +1974,50 @@ def _refuse_early(net, data, r, cuts, rt):
                     f'fewer iterations, or variants=("one-cycle",), need less')
 
 # %% ../nbs/use/compress.ipynb #c0a1d03b
+def _is_kind(net, kind): return any(isinstance(p, kind) for p in net.parameters())
+
+def _check_kind(net):
+    "The network itself, a module with weights; what is given instead is named."
+    wanted = 'the network must be a torch.nn.Module; got'
+    if isinstance(net, type):
+        raise UserError(f'{wanted} the class {net.__name__}: give an instance, {net.__name__}(…)')
+    if isinstance(net, dict):
+        raise UserError(f'{wanted} weights without layers ({type(net).__name__}): build the '
+                        'network, and give it these with load_state_dict')
+    if not isinstance(net, nn.Module): return check_network(net)
+    net, name = deploy.unwrapped(net), type(deploy.unwrapped(net)).__name__
+    if isinstance(net, torch.jit.ScriptModule):
+        raise UserError(f'{name} is TorchScript, whose layers are fixed; give the module that it '
+                        'was made from')
+    if _is_kind(net, nn.parameter.UninitializedParameter):
+        raise UserError(f'{name} has lazy layers without weights; call it once on some images')
+    if any(p.is_meta for p in net.parameters()):
+        raise UserError(f'{name} has no weights: it is on the device meta')
+    if any(p.requires_grad for p in net.parameters()): return check_network(net)
+    raise UserError(f'all weights of {name} are frozen, so it cannot be trained on; thaw it with '
+                    'net.requires_grad_(True)')
+
+def _check_type(net, rt):
+    "Weights are trained in the type that they have, or in float64."
+    kinds = sorted({str(p.dtype).removeprefix('torch.') for p in net.parameters()})
+    if set(kinds) <= {'float32', str(rt.dtype).removeprefix('torch.')}: return
+    raise UserError(f'the weights of {type(net).__name__} are {" and ".join(kinds)}; kesi trains '
+                    'float32, so give net.float()')
+
+def _check_answers(net, shape):
+    "A network must give logits of two classes or more."
+    out = _try(net, shape)
+    if out.shape[1] < 2:
+        raise UserError(f'{type(net).__name__} gives one number for each image; kesi needs a logit '
+                        'for each class, two where there are two')
+    if (out >= 0).all() and torch.allclose(out.sum(1), torch.ones(len(out)), atol=1e-4):
+        raise UserError(f'{type(net).__name__} gives probabilities; kesi needs logits, as they are '
+                        'before the softmax')
+
+# %% ../nbs/use/compress.ipynb #c0a1d042
+def _plain_number(v): # numpy's numbers, and a tensor's, as Python's
+    return v.item() if isinstance(v, (np.generic, torch.Tensor)) and not v.ndim else v
+
 def _check_how(lr, optimizer, target, valid) -> bool: # is the rate still to be proposed?
     "A rate must suit its optimizer; a target decided by an accuracy needs data to measure it."
     _check_lr(lr, optimizer)
@@ -1925,43 +2026,50 @@ def _check_how(lr, optimizer, target, valid) -> bool: # is the rate still to be 
     raise UserError('accuracy_drop decides by an accuracy, which must not be that of the test '
                     'data: give valid=, a set of data or a share of the training data, such as .1')
 
-def _check_call(net, name, out, rt, say):
+_NAME = re.compile(r'\w[\w @.+-]{0,99}')
+
+def _check_call(name, out, version, rt, say):
     "What a caller can mistake, in one line each."
-    if name is not None and not (isinstance(name, str) and name.strip()):
-        raise UserError(f'name must be a word for the data, or None to keep nothing; got {name!r}')
+    if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
+        raise UserError('name must be a word for the data, of letters, digits and any of "@.+-_ ", '
+                        f'or None to keep nothing; got {name!r}')
     if name and not isinstance(out, (str, Path)):
         raise UserError(f'out must be a folder for the runs; got {out!r}')
+    if version is not None and not (isinstance(version, (str, int)) and name):
+        said = f'got {version!r}' if name else 'without a name= nothing is kept'
+        raise UserError(f'version must be a word that names the content of the data; {said}')
     if not isinstance(rt, (Runtime, type(None))):
         raise UserError(f'rt must be a kesi.runtime.Runtime, or None for the best device; '
                         f'got {rt!r}')
     if not callable(say or print):
         raise UserError(f'say must be a function of one line, such as print, or None; got {say!r}')
-    if any(p.requires_grad for p in net.parameters()): return
-    raise UserError(f'all weights of {type(net).__name__} are frozen, so it cannot be trained on; '
-                    f'thaw it with net.requires_grad_(True)')
 
 # %% ../nbs/use/compress.ipynb #c0a1d03d
-def _check_loss(loss, classes):
-    "A loss of the caller's gives one number with a gradient, of hard labels or of soft ones."
-    z, y = torch.zeros(2, classes, requires_grad=True), torch.arange(2) % classes
+def _check_loss(loss, classes, soft):
+    "A loss of the caller's gives one number with a gradient, of such labels as the data have."
     if isinstance(loss, type):
         name = loss.__name__
         raise UserError(f'loss is the class {name}; give one of its instances, {name}()')
-    with torch.random.fork_rng(devices=[]):
-        for labels in (y, F.one_hot(y, classes).float()):
-            try: got = loss(z, labels)
-            except Exception as e: said = f'it raised {type(e).__name__}: {e}'
-            else:
-                if isinstance(got, torch.Tensor) and not got.ndim and got.requires_grad: return
-                shape = f' of shape {tuple(got.shape)}' if isinstance(got, torch.Tensor) else ''
-                said = f'it gave {type(got).__name__}{shape}'
-                break
-    raise UserError(f'loss must make one number with a gradient of logits and labels; {said}')
+    n = 3 if classes == 2 else 2                      # other than classes: nothing broadcasts
+    z, y = torch.zeros(n, classes, requires_grad=True), torch.arange(n) % classes
+    if soft: y = F.one_hot(y, classes).float()
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            got = loss(z, y)
+    except Exception as e: said = f'it raised {type(e).__name__}: {e}'
+    else:
+        tensor = isinstance(got, torch.Tensor)
+        if tensor and not got.ndim and got.requires_grad: return
+        said = f'it gave {type(got).__name__}' + (f' of shape {tuple(got.shape)}' if tensor else '')
+    kind = 'soft labels N×K' if soft else 'N whole numbers'
+    raise UserError(f'loss must make one number with a gradient of logits N×K and labels ({kind}); '
+                    f'{said}')
 
-def _losses(loss, classes, rt) -> dict:
+def _losses(loss, data, rt) -> dict:
     "The caller's loss by its name."
     name = _loss_name(loss)
-    if name not in LOSSES and rt.device == 'cpu': _check_loss(loss, classes)
+    if name not in LOSSES and rt.device == 'cpu': _check_loss(loss, data.classes, data.soft)
     return {name: LOSSES.get(name, loss)}
 
 # %% ../nbs/use/compress.ipynb #c0a1d029
@@ -1969,7 +2077,10 @@ def _judged(net, train, test, valid, name, version, say):
     "What to learn from and judge by, and what the test is made with; their labels fit the network."
     learn, judge, last = _parts(train, test, valid)
     data = Source(learn, judge, name, version, say)
-    data.expect(classes_of(net, data.size))
+    classes = classes_of(net, data.size)
+    _check_answers(net, data.size)
+    data.expect(classes)
+    _refuse_overlap(train, test, valid, say)
     if last is None: return data, data, 0.
     final, n, m = Source(*last), data.images('train'), data.images('test')
     final.expect(data.classes)
@@ -1981,17 +2092,17 @@ def _say_zeros(net, say):
     say(f'{zeros:,} weights of convolutions are exactly zero; '
         'they are taken as pruned and stay zero')
 
-@contextlib.contextmanager
-def _told(say, named, lr, ask):
-    "Say what to do where a run stops."
-    try: yield
-    except KeyboardInterrupt:
-        again = 'goes on from here' if named else 'would go on'
-        say(f'stopped; {"" if named else "with a name= "}the same call {again}')
-        raise
-    except Diverged as e:
-        origin = 'proposed' if ask else 'given'
-        raise Diverged(f'{e} (lr={lr:g} was {origin})') from e
+def _planned(net, data, r, rates, target, multiple, streams, at_once, say):
+    "The plan of a call, said before anything is trained."
+    iterations = 5 if at_once else r.iterations
+    cuts = plan(net, data.size, rates, target, iterations, multiple, streams)
+    if at_once: cuts = _at_once(cuts)
+    if cuts.counts[-1].params == cuts.counts[0].params:
+        raise UserError(f'nothing would be cut at rates={rates!r}; give larger ones, or multiple=1, '
+                        'which does not round widths')
+    say(cuts.text)
+    _say_zeros(net, say)
+    return cuts
 
 # %% ../nbs/use/compress.ipynb #6f54b503
 def compress(net: nn.Module,          # trained: images → logits; or what `compress` returned; stays
@@ -2003,7 +2114,7 @@ def compress(net: nn.Module,          # trained: images → logits; or what `com
              target=None,             # {'macs': .5}; or params, bytes, milliseconds, accuracy_drop
              epochs: int = 10,        # of each retraining; the distillation takes twice as many
              total_epochs: int | None = None, # the quick way: one cut, one restart, distilled
-             lr: float | str | None = .1, # peak of the restarts; 'auto' or None: a short test
+             lr: float | str | None = 'auto', # peak of the restarts; 'auto': by a short test
              optimizer: str = 'sgd',  # of the retrainings: sgd, adam or adamw; lr is then its own
              loss='cross-entropy',    # one of LOSSES, or a function: logits, labels → loss
              valid=None, # data, or a share of `train`, to choose by; then `test` is last
@@ -2017,26 +2128,20 @@ def compress(net: nn.Module,          # trained: images → logits; or what `com
             ) -> Compressed:
     "Prune in steps, retrain with restarts, and distil all snapshots into the smallest."
     origin = net.factory if isinstance(net, Compressed) else None
-    net = check_network(net.network if isinstance(net, Compressed) else net)
-    _check_call(net, name, out, rt, say)
-    ask = _check_how(lr, optimizer, target, valid)
-    rt, say = _runtime(rt), say or (lambda line: None)
+    net = _check_kind(net.network if isinstance(net, Compressed) else net)
+    _check_call(name, out, version, rt, say)
+    lr, valid, rates = map(_plain_number, (lr, valid, rates))
+    ask, rt, say = _check_how(lr, optimizer, target, valid), _runtime(rt), say or _unsaid
+    _check_type(net, rt)
     data, final, share = _judged(net, train, test, valid, name, version, say)
-    data.losses = _losses(loss, data.classes, rt)
-    epochs, settings = _budgeted(epochs, total_epochs, settings)
-    r = _recipe(net, name, seeds, epochs, .1 if ask else lr, settings, data.batch)
-    r = dataclasses.replace(r, valid=share)
-    how = dict(iterations=5 if total_epochs else r.iterations, multiple=multiple, streams=streams)
-    cuts = plan(net, data.size, rates, target, **how)
-    if total_epochs: cuts = _at_once(cuts)
-    say(cuts.text)
-    _say_zeros(net, say)
+    data.losses = _losses(loss, data, rt)
+    budget = _budgeted(epochs, total_epochs, settings)
+    r = _recipe(net, data, seeds, .1 if ask else lr, share, *budget)
+    cuts = _planned(net, data, r, rates, target, multiple, streams, bool(total_epochs), say)
     _refuse_early(net, data, r, cuts, rt)
-    if ask: r = _with_lr(r, net, data, cuts, streams, optimizer, rt, say)
-    job = _Job(copy.deepcopy(net).cpu(), data, final, r, cuts, streams, rt, say, origin, optimizer)
-    with _told(say, bool(name), r.retrain_lr, ask):
-        with contextlib.nullcontext(out) if name else tempfile.TemporaryDirectory() as root:
-            return job.run(Path(root), bool(name))
+    net = copy.deepcopy(net).cpu()
+    job = _Job(net, data, final, r, cuts, streams, rt, say, origin, optimizer, ask)
+    return job.run(out if name else None)
 
 # %% ../nbs/use/compress.ipynb #bf2d796a
 @dataclass
@@ -2051,10 +2156,24 @@ class _Job:
     rt: Runtime
     say: object
     origin: object      # builds the network before it was ever cut; None: the one given is unpruned
-    optimizer: str = 'sgd'   # of the retrainings
+    optimizer: str      # of the retrainings
+    ask: bool           # is the recipe's rate still to be proposed?
 
-    def run(self, root, named):
-        store = Strangers(root, self.net, self.data.size, self.say)
+    def run(self, out) -> Compressed: # a folder; None: nothing is kept
+        "All of it; who stops it is told how it goes on."
+        with contextlib.nullcontext(out) if out else tempfile.TemporaryDirectory() as root:
+            store = Strangers(Path(root), self.net, self.data.size, self.say)
+            try: return self.carry_out(store, bool(out))
+            except KeyboardInterrupt:
+                again = 'goes on from here' if out else 'would go on'
+                self.say(f'stopped; {"" if out else "with a name= "}the same call {again}')
+                raise
+            except Diverged as e:
+                origin = 'proposed' if self.ask else 'given'
+                raise Diverged(f'{e} (lr={self.recipe.retrain_lr:g} was {origin})') from e
+
+    def carry_out(self, store, named):
+        if self.ask and 'one-cycle' in chains(self.recipe): self.propose(store)
         if self.plan.target and self.plan.target.kind == 'accuracy_drop': self.stop_in_time(store)
         seeds = self.stages()
         home = self.compute(store, seeds)
@@ -2068,6 +2187,34 @@ class _Job:
         how = self.data.size, self.streams, loss, self.plan.widths, self.optimizer
         return [chain(r, seed, first, *how) for seed in range(r.seeds)]
 
+# %% ../nbs/use/compress.ipynb #c0a1d044
+@patch
+def propose(self: _Job, store):
+    "Settle the rate of the restarts by a short test; its answer is kept beside the stages."
+    r, first, trial = self.recipe, self.stages()[0]['one-cycle 1'], _Trial(self.data, 0)
+    path = store.root/'measured'/f'lr-{first.key}.json'
+    lr, how = _said_before(path), 'as proposed before'
+    if lr is None:
+        small = cut_to(self.net, self.data.size, self.plan.widths[0], self.streams)
+        trials = _lr_trials(small, trial, first.training, *self.data.losses.values(), self.rt)
+        lr, how = _proposed(trials), self.tested(trials, trial)
+        write_json(path, {'lr': lr, 'losses': {f'{n:g}': v for n, v in trials.items()}})
+    self.say(f'lr={lr:g} is proposed ({self.optimizer}; {how})')
+    self.recipe = dataclasses.replace(r, retrain_lr=lr)
+
+@patch
+def tested(self: _Job, trials, trial) -> str:
+    "What a test of rates found, and what it cost."
+    r, rates = self.recipe, _RATES[self.optimizer]
+    losses = ', '.join(f'{n:g}: {loss:.3f}' for n, (loss, _) in trials.items())
+    steps = len(rates) * len(trial.loaders(r.retrain_batch, self.rt)[0])
+    epoch = len(self.data.loaders(r.retrain_batch, self.rt)[0])
+    epochs = r.iterations * r.retrain_epochs + ('kesi' in r.variants) * r.distill_epochs
+    share = steps / (r.seeds * epochs * epoch)
+    return (f'loss of held-out training images after a short restart at {losses}; '
+            f'{steps} steps, {share:.0%} of those to come')
+
+# %% ../nbs/use/compress.ipynb #fcaabeba
 @patch
 def work(self: _Job, r, stages, _):
     "Multiply-adds of one epoch of each stage, by key."
@@ -2078,7 +2225,6 @@ def work(self: _Job, r, stages, _):
         return (3 * train + test) * own + (train * sum(macs) if name == 'kesi' else 0)
     return {s.key: epoch(n) for n, s in stages.items()}
 
-# %% ../nbs/use/compress.ipynb #fcaabeba
 @patch
 def compute(self: _Job, store, seeds) -> Path:
     "All stages, and the folder of their report."
@@ -2142,11 +2288,16 @@ class _OwnProgress(Progress):
     def __init__(self, seeds, *args):
         trained = [{n: s for n, s in stages.items() if n != 'baseline'} for stages in seeds]
         super().__init__(trained, *args)
+        _, data, *_ = args
+        self.guessing = 1 / data.classes
     def stage(self, stage, m):
         if not isinstance(stage, Trained): return super().stage(stage, m)
         metrics = m['metrics']
         self.say(f'as given: {self.measured} accuracy {metrics["accuracy"]:.2%}, '
                  f'{metrics["params"]:,} parameters')
+        if metrics['accuracy'] > 1.2 * self.guessing: return
+        self.say('the network as given hardly does better than guessing; is it trained, and are '
+                 'its images scaled as they were then?')
     def close(self): self.bar.close()
 
 # %% ../nbs/use/criteria.ipynb #c4170003

@@ -147,8 +147,8 @@ def export(net,             # one of ours, what `compress` returned, or any othe
 def in_turns(runs: dict,            # name → function of one batch
              x,                     # the batch, or the shape of one image
              seconds: float = .5,   # measure for about that long each, at least five times
-             quantile: float = .5, # .5 is the median; less where the machine is busy with others
-            ) -> dict:              # name → milliseconds of one call
+             quantile: float | tuple = .5, # .5 is the median; several give the spread
+            ) -> dict:              # name → milliseconds of one call, for each quantile
     "How long some calls take; they take turns, so that other work slows all of them alike."
     x, times = _images(1, x) if isinstance(x, tuple) else x, {n: [] for n in runs}
     for _ in range(3):
@@ -160,7 +160,9 @@ def in_turns(runs: dict,            # name → function of one batch
             begun = time.perf_counter()
             run(x)
             times[n].append(time.perf_counter() - begun)
-    return {n: 1000 * sorted(t)[int(quantile * (len(t) - .5))] for n, t in times.items()}
+    def at(t, q): return 1000 * sorted(t)[int(q * (len(t) - .5))]
+    if not isinstance(quantile, tuple): return {n: at(t, quantile) for n, t in times.items()}
+    return {n: tuple(at(t, q) for q in quantile) for n, t in times.items()}
 
 def milliseconds(run,                   # function of one batch
                  x,                     # the batch

@@ -1020,3 +1020,88 @@ def test_twenty_more_mistakes(digits):
     for wrong, match in mistakes(digits):
         given = {**dict(net=Tiny(), train=digits[0], test=digits[1]), **quick(), **wrong}
         with pytest.raises(UserError, match=match): kesi.compress(**given)
+
+# Criteria
+
+def ranked(net, by, rate=.5, **kw):
+    "Filters that stay, by the numbers that tell them apart."
+    return cut(net, SHAPE, rate, by=by, **kw)
+
+def gates(net, names, x, y):
+    "The oracle of taylor: a factor in front of each output of some layers, asked of autograd."
+    factors = {n: torch.ones(len(net.get_submodule(n).weight), dtype=x.dtype, requires_grad=True)
+               for n in names}
+    def turned(n): return lambda m, _, out: out * shaped(factors[n], out)
+    def shaped(f, out): return f[:, None, None] if out.ndim == 4 else f
+    hooks = [net.get_submodule(n).register_forward_hook(turned(n)) for n in names]
+    loss = F.cross_entropy(net(x), y)
+    grads = torch.autograd.grad(loss, list(factors.values()))
+    for h in hooks: h.remove()
+    return dict(zip(names, grads))
+
+def test_taylor_is_the_slope_of_a_gate():
+    "For convolutions behind which a norm stands, for plain ones, and for hidden linear units."
+    torch.manual_seed(0)
+    for net in (told_apart(Handmade()), Headed().double().eval()):
+        x = torch.randn(6, *((3, 16, 16) if isinstance(net, Headed) else SHAPE)).double()
+        y, shape = torch.arange(6), tuple(x.shape[1:])
+        told, graph = anynet._with_gradients(net, (x, y)), anynet._graph_of(net, shape)
+        for g in free(groups(net, shape)):
+            if len(g.producers) > 1: continue
+            asked = (g.norms or g.producers)[:1]
+            want = gates(net, asked, x, y)[asked[0]].abs()
+            got = anynet._scores(graph, told, g, 'taylor')
+            torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12)
+
+def test_criteria_by_hand():
+    "Four filters of one weight and two of them alike: which goes first?"
+    net = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1),
+                        nn.Flatten(), nn.Linear(4, 10)).eval()
+    filters = torch.tensor([[3., 0, 0], [1, 1, 1], [2, 2, 2], [-9, 0, 0]])
+    net[0].weight.data = filters[..., None, None]
+    net[1].weight.data = torch.tensor([1., 2, -.1, 3])
+    gone = {'l1': 0, 'l2': 1, 'norm': 2, 'median': 1}
+    # l1: 3, 3, 6, 9 (the first of equals goes); l2: 3, 1.73, 3.46, 9
+    # distances: 0: 2.45+3+12 = 17.4; 1: 2.45+1.73+10.1 = 14.3; 2: 3+1.73+11.4 = 16.1
+    for by, first in gone.items():
+        left = ranked(net, by, .25)[0].weight[:, 0, 0, 0]
+        want = net[0].weight[[i for i in range(4) if i != first], 0, 0, 0]
+        assert torch.equal(left, want), by
+
+def test_random_is_the_same_twice_and_another_in_each_layer():
+    net = Handmade().eval()
+    a, b = (ranked(net, 'random') for _ in range(2))
+    assert equal(a, b) and not equal(a, ranked(net, 'l1'))
+    graph = anynet._graph_of(net, SHAPE)
+    left, right = (anynet._scores(graph, net, g, 'random')
+                   for g in free(groups(net, SHAPE)) if g.name in ('left.0', 'right.0'))
+    assert not torch.equal(left[:24], right)
+
+@pytest.mark.parametrize('by', ('l2', 'norm', 'median', 'taylor', 'random'))
+def test_hidden_units_are_ranked_too(by):
+    torch.manual_seed(0)
+    net, shape = Headed().eval(), (3, 16, 16)
+    data = torch.randn(6, *shape), torch.arange(6)
+    small = cut(net, shape, {'classifier.1': .5}, by=by, data=data)
+    graph, told = anynet._graph_of(net, shape), anynet._with_gradients(net, data)
+    g, = (g for g in groups(net, shape) if g.name == 'classifier.1')
+    keep = anynet._scores(graph, told, g, by).argsort(stable=True)[12:].sort().values
+    assert torch.equal(small.classifier[1].weight, net.classifier[1].weight[keep])
+    assert torch.equal(small.classifier[4].weight, net.classifier[4].weight[:, keep])
+
+def test_compress_ranks_as_it_is_told(digits, tmp_path):
+    "The stage of the cut says so; without, its key is the one that it has always had."
+    def once(**kw):
+        how = quick(variants=('one-cycle',), out=tmp_path, name='d', **kw)
+        return kesi.compress(net, *digits, **how)
+    def shown(s): return s.snapshots[-1].network.a.weight
+    torch.manual_seed(0)
+    net = Tiny().eval()
+    plain, told, again = once(), once(by='taylor'), once(by='taylor')
+    assert plain.plan.by == 'l1' and told.plan.by == 'taylor'
+    assert torch.equal(shown(told), shown(again)) and not torch.equal(shown(told), shown(plain))
+    half = once(by='l2', across=True, target={'macs': .5})
+    assert .4 < half.steps[-1].macs / half.steps[0].macs <= .5
+    with pytest.raises(UserError, match='ranked by l1, l2, norm, median, taylor, random; got'):
+        once(by='l3')
+    with pytest.raises(UserError, match='across must be True'): once(across='yes')

@@ -149,8 +149,31 @@ def _traced(tp, net, shape, lost):
                             f'({type(e).__name__}: {e}); kesi prunes networks whose layers it can '
                             'follow') from e
 
+# %% ../nbs/use/any_network.ipynb #e20a0042
+class _Forest:
+    "Filters, some of which can only go together."
+    def __init__(self, n): self.chief = list(range(n))                  # filter → another of its unit
+
+    def top(self, i):
+        "The filter that stands for all that go with this one."
+        while self.chief[i] != i:
+            self.chief[i] = self.chief[self.chief[i]]                   # shorter next time
+            i = self.chief[i]
+        return i
+
+    def units(self) -> list[int]: # filter → number of the unit that goes as a whole
+        tops = [self.top(i) for i in range(len(self.chief))]
+        number = {t: n for n, t in enumerate(dict.fromkeys(tops))}
+        return [number[t] for t in tops]
+
+    def block(self) -> int: # filters of a unit; 0 where they differ
+        sizes = set(collections.Counter(self.units()).values())
+        return sizes.pop() if len(sizes) == 1 else 0
+
+    def join(self, i, j): self.chief[self.top(i)] = self.top(j)
+
 # %% ../nbs/use/any_network.ipynb #e20a0002
-class _Walk:
+class _Walk(_Forest):
     """Everything that hangs on the filters of a layer. Each entry of each layer is visited once,
     so a walk ends; filters that meet in one entry can only go together."""
     most = 300_000                                                      # entries
@@ -159,7 +182,7 @@ class _Walk:
         self.tp, self.graph, self.trouble, self.total = graph.tp, graph.graph, None, 0
         self.parts, node = {}, graph.graph.module2node[layer]
         side = self.graph.get_pruner_of_module(layer).prune_out_channels
-        self.chief = list(range(self.graph.get_out_channels(layer)))    # a forest: filter → filter
+        super().__init__(self.graph.get_out_channels(layer))
         index = self.tp._helpers._HybridIndex
         stack = self.add(node, side, [index(i, i) for i in self.chief])
         while stack and not self.trouble:
@@ -179,22 +202,6 @@ class _Walk:
             self.trouble = _UNCLEAR
             return []
 
-    def top(self, i):
-        "The filter that stands for all that go with this one."
-        while self.chief[i] != i:
-            self.chief[i] = self.chief[self.chief[i]]                   # shorter next time
-            i = self.chief[i]
-        return i
-
-    def units(self) -> list[int]: # filter → number of the unit that goes as a whole
-        tops = [self.top(i) for i in range(len(self.chief))]
-        number = {t: n for n, t in enumerate(dict.fromkeys(tops))}
-        return [number[t] for t in tops]
-
-    def block(self) -> int: # filters of a unit; 0 where they differ
-        sizes = set(collections.Counter(self.units()).values())
-        return sizes.pop() if len(sizes) == 1 else 0
-
     def add(self, node, side, pairs):
         "Note entries of one side of a node; what is new, to be followed."
         fresh = self.note(node, side, pairs)
@@ -212,7 +219,7 @@ class _Walk:
             self.trouble = _UNCLEAR
             return []
         for p in pairs:
-            if p.idx in there: self.chief[self.top(p.root_idx)] = self.top(there[p.idx])
+            if p.idx in there: self.join(p.root_idx, there[p.idx])
             else:
                 there[p.idx] = p.root_idx
                 fresh.append(p)
@@ -312,10 +319,11 @@ def _is_grouped(m):
     several = isinstance(m, nn.Conv2d) and m.groups > 1
     return several and not m.groups == m.in_channels == m.out_channels
 
-def _adds(node):
-    "Does this node of the graph add two streams?"
+def _adds(node, more):
+    "Does this node of the graph add two streams? A linear layer of many tokens adds its bias."
     if type(node.module).__name__ != '_ElementWiseOp' or len(node.inputs) < 2: return False
-    return str(node.module._grad_fn).startswith(('Add', 'Sub'))
+    name = str(node.module._grad_fn)
+    return name.startswith(('Add', 'Sub')) and not (more and name.startswith('Addmm'))
 
 def _why_kept(walk, streams, more):
     "Why a group is left alone, or None."
@@ -326,7 +334,7 @@ def _why_kept(walk, streams, more):
     if not more and any(map(_is_grouped, modules)): return 'grouped channels'
     unclear = any(hasattr(m, 'offsets') and m.offsets is None for m in modules)
     if unclear: return 'unclear concatenation'
-    if not streams and any(map(_adds, nodes)): return _STREAM
+    if not streams and any(_adds(n, more) for n in nodes): return _STREAM
     if opaque := [type(m).__name__ for m in modules if isinstance(m, _OPAQUE)]: return opaque[0]
     if walk.trouble or not walk.block(): return walk.trouble or _UNCLEAR
     return 'channels that go together' if len(set(walk.units())) == 1 < walk.block() else None
@@ -499,6 +507,7 @@ def _oddities(graph, group) -> tuple:
         if not (hasattr(m, '_grad_fn') and _PLAIN.match(name)): found.add((name, out))
     return tuple(sorted(found))
 
+# %% ../nbs/use/any_network.ipynb #e20a0040
 def _shaken(net):
     "A copy in double precision, in which no channel has the same numbers as its neighbours."
     net, g = copy.deepcopy(net).double().eval(), generator('shaken')
@@ -798,6 +807,7 @@ def _size(net, name, side, dim):
     if isinstance(m, _NORMS): return getattr(m, 'num_features', None) or len(m.weight)
     return m.weight.shape[(side == 'columns') ^ getattr(m, 'transposed', False)]
 
+# %% ../nbs/use/any_network.ipynb #e20a0041
 def cost(net: nn.Module, # any network
          shape,          # of one image
          found,          # its groups
@@ -2403,6 +2413,7 @@ def across_to(net: nn.Module, shape,   # any network, and the shape of one image
                         f'{number(widths(n)) / whole:.0%} remain with a floor of {floor:g}')
     return in_need(meet, net, shape, groups(net, shape, streams), streams)
 
+# %% ../nbs/use/criteria.ipynb #c4170041
 def across_plan(net, shape, found, rates, target, iterations, multiple, streams, floor, by, data):
     "Groups, and widths after each pruning, by ranking across layers."
     if target is not None and target.kind != 'accuracy_drop':
@@ -2430,7 +2441,8 @@ def images_for(by, source, n: int = 512):
 def _judge_of(data, shape, rt):
     "A function that measures a network, and the shape of one image."
     if callable(data) and not isinstance(data, nn.Module):
-        if shape is None: raise UserError('with a function as data, give the shape of one image too')
+        if shape is None:
+            raise UserError('with a function as data, give the shape of one image too')
         return data, shape
     source = Source(data, None if isinstance(data, Dataset) else data)
     test = source.loaders(500, rt)[1]

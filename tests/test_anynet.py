@@ -8,8 +8,8 @@ from torchvision.transforms.functional import to_pil_image
 from strangers import FACTORIES, SHAPE, Handmade, names, pruned
 import kesi
 from kesi import anynet, deploy, paper
-from kesi.anynet import (MEASURES, Source, cost, cut, cut_to, free, groups, load, plan, save, spread,
-                         widths_left)
+from kesi.anynet import (MEASURES, Source, cost, cut, cut_to, free, groups, load, plan, save,
+                         spread, widths_left)
 from kesi.data import load as load_data
 from kesi.macs import count
 from kesi.models import Spec, build
@@ -118,6 +118,28 @@ def without_what_is_gone(big, small):
 
 BLOCKS = {'resnext': (resnext, 16), 'group_normed': (group_normed, 16), 'regnet': (regnet, 8),
           'shufflenet': (shufflenet, 1)}
+
+class Mixing(nn.Module):
+    "A block of an MLP of tokens, as timm writes it: linear layers that no nn.Sequential holds."
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 16, 16), nn.LayerNorm(16)
+        self.fc1, self.fc2, self.head = nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 10)
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = x + self.fc2(F.gelu(self.fc1(self.norm(x))))
+        return self.head(x.mean(1))
+
+def test_linear_layers_where_nothing_else_is_left():
+    torch.manual_seed(0)
+    net = Mixing().double().eval()
+    g, = free(groups(net, SHAPE))
+    assert (g.name, g.width, g.readers) == ('fc1', 24, ('fc2',)) and not g.stuck
+    small, silent, x = cut(net, SHAPE, .5), copy.deepcopy(net), torch.randn(2, *SHAPE).double()
+    gone = net.fc1.weight.detach().abs().sum(1).argsort(stable=True)[:12]
+    silent.fc2.weight.data[:, gone] = 0
+    with torch.no_grad(): torch.testing.assert_close(small(x), silent(x), rtol=1e-8, atol=1e-8)
+    assert small.fc1.out_features == small.fc2.in_features == 12
 
 @pytest.mark.parametrize('name', BLOCKS)
 def test_whole_blocks_go_exactly(name, tmp_path):

@@ -152,7 +152,7 @@ def _traced(tp, net, shape, lost):
 # %% ../nbs/use/any_network.ipynb #e20a0042
 class _Forest:
     "Filters, some of which can only go together."
-    def __init__(self, n): self.chief = list(range(n))                  # filter → another of its unit
+    def __init__(self, n): self.chief = list(range(n))          # filter → another of its unit
 
     def top(self, i):
         "The filter that stands for all that go with this one."
@@ -189,18 +189,8 @@ class _Walk(_Forest):
             node, side, pairs = stack.pop()
             for dep in node.dependencies:
                 if dep.is_triggered_by(side):
-                    stack += self.add(dep.target, dep.handler, self.mapped(dep, pairs))
+                    stack += self.add(dep.target, dep.handler, _mapped(dep, pairs))
         if any(n in graph.lost for n, _ in self.parts): self.trouble = _UNCLEAR
-
-    def mapped(self, dep, pairs):
-        "Entries as the next node counts them."
-        try:
-            for mapping in dep.index_mapping:
-                if mapping is not None: pairs = mapping(pairs)
-            return pairs
-        except _LOST:
-            self.trouble = _UNCLEAR
-            return []
 
     def add(self, node, side, pairs):
         "Note entries of one side of a node; what is new, to be followed."
@@ -212,6 +202,7 @@ class _Walk(_Forest):
 
     def note(self, node, side, pairs):
         "Note entries of one side of a node; those that are new."
+        if pairs is None: self.trouble = _UNCLEAR
         if not pairs: return []
         there, fresh = self.parts.setdefault((node, side), {}), []
         n = _channels(self.graph, node, side) or self.most
@@ -227,6 +218,14 @@ class _Walk(_Forest):
         return fresh
 
 # %% ../nbs/use/any_network.ipynb #e20a0003
+def _mapped(dep, pairs):
+    "Entries as the next node counts them; None where Torch-Pruning cannot say."
+    try:
+        for mapping in dep.index_mapping:
+            if mapping is not None: pairs = mapping(pairs)
+        return pairs
+    except _LOST: return None
+
 def _channels(graph, node, side):
     "How many entries one side of a node has; None where nobody knows."
     if type(node.module).__name__ == '_OutputOp': return None

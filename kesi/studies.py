@@ -1025,6 +1025,7 @@ def ask(question: str, # a key of QUESTIONS
     p.join()
     return said
 
+# %% ../nbs/engine/studies_families.ipynb #fa310041
 def survey(path,           # JSON file; what it holds already is not asked again
            names=None,     # of networks; None: all
            questions=tuple(QUESTIONS),

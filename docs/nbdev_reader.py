@@ -5,6 +5,7 @@ import nbformat
 _DIRECTIVE = re.compile(r'#\|\s*([\w-]+)\s*:?\s*(.*)')
 _WIDGET = 'application/vnd.jupyter.widget-view+json'
 _NO_KERNEL = '*The sliders appear here when this notebook runs in JupyterLab: `make lab`.*'
+_MINUS = '\N{MINUS SIGN}'
 _TOGETHER = '\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}'
 
 def directives(source: str,  # source of a code cell
@@ -21,16 +22,33 @@ def _still(output): # a page has no kernel that could move a slider
     if _WIDGET not in output.get('data', {}): return output
     return nbformat.v4.new_output('display_data', {'text/markdown': _NO_KERNEL})
 
-def _whole(output): # "93.34 ± 0.05" is not broken over two lines
+_CODE = re.compile(r'(^```.*?^```|`[^`\n]+`|\$[^$\n]+\$)', re.M | re.S)
+# -0.32, (-3), | -3 |, but not "ResNet-18 and -34"
+_NEGATIVE = re.compile(r'(?<![\w.)\]/#-])-(?=\d*\.\d)|(?<=\()-(?=\d)|(?<=\| )-(?=\d)')
+
+def typeset(markdown: str) -> str:
+    "Computed text as a printer sets it: real minus signs, \"93.34 ± 0.05\" on one line."
+    parts = _CODE.split(markdown)
+    for i in range(0, len(parts), 2):
+        parts[i] = _NEGATIVE.sub(_MINUS, parts[i]).replace(' ± ', _TOGETHER)
+    return ''.join(parts)
+
+def _set(output):
     data = output.get('data', {})
-    if 'text/markdown' in data:
-        data['text/markdown'] = data['text/markdown'].replace(' ± ', _TOGETHER)
+    if 'text/markdown' in data: data['text/markdown'] = typeset(data['text/markdown'])
     return output
+
+def _named(cell): # what a fold without a name of its own hides
+    shown = [o.get('data', {}) for o in cell.outputs]
+    texts = ''.join(d.get('text/markdown', '') for d in shown)
+    if any('image/png' in d for d in shown): return 'How the figure is drawn'
+    if '|---' in texts.replace(' ', ''): return 'How the table is made'
+    return 'How this is computed' if texts else 'Code'
 
 def _fold(cell, said): # directives → what MyST-NB knows
     if said.get('echo') == 'false' or 'hide_input' in said: cell.metadata['tags'] = ['remove-input']
     if said.get('code-fold') != 'true': return
-    name = said.get('code-summary', 'Code')
+    name = said.get('code-summary') or _named(cell)
     cell.metadata['tags'] = ['hide-cell' if name.startswith('Solution') else 'hide-input']
     cell.metadata['mystnb'] = {'code_prompt_show': name, 'code_prompt_hide': name}
 
@@ -43,8 +61,8 @@ def read(text: str): # content of an .ipynb file → notebook
         if cell.cell_type == 'code':
             said, cell.source = directives(cell.source)
             if _is_hidden(said) or not cell.source: continue
+            cell.outputs = [_set(_still(o)) for o in cell.get('outputs', [])]
             _fold(cell, said)
-            cell.outputs = [_whole(_still(o)) for o in cell.get('outputs', [])]
         cells.append(cell)
     nb.cells = cells
     nb.metadata['language_info'] = {'name': 'python', 'pygments_lexer': 'ipython3'}

@@ -63,6 +63,7 @@ class Unit(NamedTuple):
 def conv(n_in, n_out, size=3, stride=1):
     return nn.Conv2d(n_in, n_out, size, stride, padding=size // 2, bias=False)
 
+@torch.fx.wrap           # to a tracer this is one operation; skip it at a first reading
 def widen_shortcut(x,             # N×C×H×W
                    channels: int, # channels of the output, at least C
                    stride: int,   # 2 halves height and width
@@ -70,8 +71,6 @@ def widen_shortcut(x,             # N×C×H×W
     "The shortcut without parameters: average pooling, then channels of zeros."
     if stride > 1: x = F.avg_pool2d(x, stride, ceil_mode=True)
     return F.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1])) if channels > x.shape[1] else x
-
-torch.fx.wrap('widen_shortcut')     # to a tracer this is one operation; skip it at a first reading
 
 # %% ../nbs/02_resnet.ipynb #5b1a3946
 class BasicBlock(nn.Module):

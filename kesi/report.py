@@ -50,8 +50,8 @@ def paired(a, # values of one variant, seed by seed
 
 # %% ../nbs/engine/report.ipynb #e6696f3b
 VARIANTS = ('baseline', 'pfec', 'one-cycle', 'ensemble', 'kesi')
-_LABELS = {'baseline': 'unpruned', 'pfec': 'PFEC', 'one-cycle': '+one-cycle',
-           'ensemble': 'ensemble', 'kesi': '+KESI'}
+_LABELS = {'baseline': 'unpruned', 'pfec': 'PFEC', 'one-cycle': 'one-cycle',
+           'ensemble': 'ensemble', 'kesi': 'KESI'}
 LABELS = {'filters': _LABELS, 'weights': {**_LABELS, 'pfec': 'MWP'}}
 _COSTS = ('params', 'macs', 'nonzero_params', 'nonzero_macs')
 
@@ -274,6 +274,13 @@ def _ours(report, columns):
     found = {row['variant']: _pm(row['accuracy']) for row in report['table']}
     return ['', '', f'ours: {how}', *(found.get(v, '') for v in columns)]
 
+def _how_many(done, every, data):
+    "How many of the paper's lines have been run, in a sentence."
+    why = 'for lack of the data or of the computing time'
+    if not done: return f"None of the paper's {every} lines on {data} has been run here, {why}."
+    rest = f'; the others have not, {why}.' if done < every else '.'
+    return f"{done} of the paper's {every} lines on {data} have been run here{rest}"
+
 def beside_paper(data: str, # a dataset of the paper
                  reports,   # what was run
                 ) -> str:   # Markdown
@@ -289,12 +296,9 @@ def beside_paper(data: str, # a dataset of the paper
         command = f'not run: `kesi_run {data}/{network}{option}`'
         report = found.get((network, method))
         rows.append(_ours(report, columns) if report else ['', '', command, *[''] * len(columns)])
-    head = ['network', 'pruned', '', 'baseline', 'small rate', '+one-cycle', '+KESI']
-    missing = sum(pair not in found for pair in pairs)  # what was run may also have no line there
-    rest = '; the others have not, for lack of the data or of the computing time.'
-    said = (f"{len(pairs) - missing} of the paper's {len(pairs)} lines on {data} "
-            f"have been run here{rest if missing else '.'}")
-    return f'{said}\n\n{markdown_table(head, rows)}'
+    head = ['network', 'pruned', '', 'baseline', 'small rate', 'one-cycle', 'KESI']
+    done = sum(pair in found for pair in pairs)     # what was run may also have no line there
+    return f'{_how_many(done, len(pairs), data)}\n\n{markdown_table(head, rows)}'
 
 # %% ../nbs/engine/report.ipynb #7cb595f5
 COLORS = {'baseline': '#6b6b6b', 'pfec': '#d1495b', 'one-cycle': '#3b6fb6',
@@ -383,7 +387,7 @@ def plot_tradeoff(report: dict): # the figure
         names = ['baseline'] + [f'{chain} {i}' for i in range(1, r.iterations + 1)]
         _points(ax, at, names, COLORS[chain], marker='o', ms=4, lw=1.3,
                 label=LABELS[r.method][chain])
-    star = dict(marker='*', ms=12, ls='', label='+KESI', zorder=5)
+    star = dict(marker='*', ms=12, ls='', label='KESI', zorder=5)
     _points(ax, at, ['kesi'], COLORS['kesi'], **star)
     ensembles = [100 * s['ensemble']['accuracy'] for s in seeds if s['ensemble']]
     level = dict(color=COLORS['ensemble'], ls='--', lw=1.2, label='ensemble')
@@ -577,7 +581,7 @@ def _remarks(report):
                    'it; the test images have not been looked at.')
     elif not paper.published(r.arch, r.data, r.method):
         behind = (f'The paper has no line for {r.name}; in all of its lines '
-                  f'{LABELS[r.method]["pfec"]} < +one-cycle < +KESI.\n\n')
+                  f'{LABELS[r.method]["pfec"]} < one-cycle < KESI.\n\n')
     return before, behind
 
 def to_markdown(report: dict) -> str:

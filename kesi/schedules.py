@@ -32,6 +32,7 @@ class Training:
 
 # %% ../nbs/05_lr_restarts.ipynb #a5c00005
 #| code-fold: true
+#| code-summary: "What cannot be trained is refused"
 _ALLOWED = {'schedule': ('constant', 'step', 'one-cycle'),
             'optimizer': ('sgd', 'adam', 'adamw')}
 

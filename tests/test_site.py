@@ -32,6 +32,17 @@ def test_readme_links_lead_somewhere():
     local = [t.split('#')[0] for t in targets if not re.match(r'[a-z]+:|#', t)]
     assert local and [t for t in local if not (ROOT/t).exists()] == []
 
+TYPESET = (('| -0.32 to +1.93 | -3 |', '| −0.32 to +1.93 | −3 |'), ('(-3, n = 5)', '(−3, n = 5)'),
+           ('1.5 ± .2', '1.5\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}.2'))
+AS_IT_IS = ('ResNet-18 and -34', '`lr=-.5` and $-1.5$', '[a](b-1.5.md#-2.5)', '1e-3, 2-3, --pad',
+            '- 3 items', '```\n-1.5 ± 2\n```')
+
+@pytest.mark.parametrize('text, wanted', (*TYPESET, *zip(AS_IT_IS, AS_IT_IS)))
+def test_computed_text_is_typeset(text, wanted, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT/'docs')
+    from nbdev_reader import typeset
+    assert typeset(text) == wanted
+
 @pytest.fixture(scope='session')
 def site():
     """The built site; warnings, such as a link that leads nowhere, are errors.
@@ -142,6 +153,7 @@ const light = color => {
   return (.3 * r + .6 * g + .1 * b) / 255; };
 const there = e => e.complete && e.naturalWidth > 0 && e.offsetWidth > 20;
 const overflows = e => e.scrollWidth > e.clientWidth + 1;
+const shrunk = e => e.getBoundingClientRect().width < .6 * e.naturalWidth;
 const begins = e => `${e.scrollWidth - e.clientWidth} pixels: ${e.innerText.slice(0, 60)}`;
 const look = () => {
   const body = getComputedStyle(document.body), images = all('article img');
@@ -156,6 +168,7 @@ const look = () => {
     ground: light(body.backgroundColor), ink: light(body.color),
     wide: document.documentElement.scrollWidth - innerWidth,
     folded: all('article details').filter(e => !e.open).length,
+    tiny: all('.cell_output > img').filter(e => e.checkVisibility() && shrunk(e)).length,
     overflowing: all('article div.highlight pre').filter(overflows).map(begins),
   }); };
 all('article details').forEach(e => e.open = true);
@@ -169,7 +182,7 @@ NO_NOTEBOOKS = ('search.html', 'genindex.html')
 def looks_right(seen, page, width, dark):
     where = (page, width, dark, seen)
     for fault in ('unrendered', 'wrong', 'raw', 'folded'): assert seen[fault] == 0, where
-    assert seen['blank'] == [] and seen['wide'] <= 0, where
+    assert seen['blank'] == [] and seen['wide'] <= 0 and seen['tiny'] == 0, where
     assert seen['title'] or page in NO_NOTEBOOKS, where
     darker, lighter = sorted((seen['ground'], seen['ink']))
     assert dark == (seen['ground'] < seen['ink']), where

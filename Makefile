@@ -5,14 +5,19 @@ ENV := OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
 PATHS = PATH="$(CURDIR)/$(BIN):$$PATH"
 NOTEBOOKS = $(shell find nbs -name '*.ipynb' -not -path '*/.*' | sort)
 
-.PHONY: run test soak bench notebooks docs lab clean
+.PHONY: run test test-notebooks test-rest soak bench notebooks docs lab clean
 
 run: .venv/installed        ## the main job: ResNet-20 on digits, 3 seeds, all variants, with a report at the end
 	$(BIN)/kesi_run
 
-test: .venv/developer       ## everything that must hold before a commit
+test: .venv/developer       ## everything that must hold before a commit; notebooks and tests side by side
 	$(PATHS) $(BIN)/ruff check kesi tests docs
+	$(MAKE) -j 2 test-notebooks test-rest
+
+test-notebooks: .venv/developer
 	$(PATHS) $(ENV) $(BIN)/nbdev_test --n_workers 2 --do_print
+
+test-rest: .venv/developer
 	$(PATHS) $(ENV) $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 12 -m "not soak" tests
 
 soak: .venv/developer       ## the long tests: many kills, races, full disks, hundreds of bad inputs

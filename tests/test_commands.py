@@ -60,21 +60,29 @@ def gone(process):
 
 LONG = (*SMALL, '--set', 'retrain_epochs=9999')     # nobody waits for the end of these retrainings
 
-@pytest.mark.parametrize('number', (signal.SIGINT, pytest.param(signal.SIGKILL, marks=SOAK)))
-def test_helpers_end_with_their_run(tmp_path, number):
+@pytest.fixture
+def long_run(tmp_path):
+    "A run with a helper that would go on for hours; it ends with the test, whatever that finds."
     code = 'import sys; from kesi.cli import kesi_run; sys.exit(kesi_run())'
     line = [sys.executable, '-u', '-c', code, *LONG, '--jobs', '2']
     def heed(): signal.signal(signal.SIGINT, signal.SIG_DFL)   # a shell's background jobs ignore it
     p = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                          text=True, start_new_session=True, preexec_fn=heed)
-    assert 'baseline: test accuracy' in p.stdout.readline()
-    helpers = psutil.Process(p.pid).children()
+    yield p
+    p.kill()
+    p.communicate()
+
+
+@pytest.mark.parametrize('number', (signal.SIGINT, pytest.param(signal.SIGKILL, marks=SOAK)))
+def test_helpers_end_with_their_run(tmp_path, long_run, number):
+    assert 'baseline: test accuracy' in long_run.stdout.readline()
+    helpers = psutil.Process(long_run.pid).children()
     assert any('kesi.store' in word for h in helpers for word in h.cmdline())
-    if number == signal.SIGKILL: p.kill()
-    else: os.killpg(p.pid, number)
-    said = p.communicate(timeout=60)[1]
+    if number == signal.SIGKILL: long_run.kill()
+    else: os.killpg(long_run.pid, number)
+    said = long_run.communicate(timeout=60)[1]
     stopped = 'error: stopped; run the same command again to go on\n'
-    if number == signal.SIGINT: assert p.returncode == 130 and said == stopped
+    if number == signal.SIGINT: assert long_run.returncode == 130 and said == stopped
     patience = time.monotonic() + 60
     while not all(map(gone, helpers)):
         assert time.monotonic() < patience

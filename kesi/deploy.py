@@ -131,8 +131,7 @@ def agree(net,               # a network
         worst = max(worst, ((got - want).abs().max() / want.abs().max().clamp_min(1e-6)).item())
     if worst <= tolerance: return worst
     raise KesiError(f'the ONNX file does not answer like torch: they differ by {worst:.1e} of the '
-                    f'largest logit, '
-                    f'allowed are {tolerance:.0e}')
+                    f'largest logit, allowed are {tolerance:.0e}')
 
 def export(net,             # one of ours, what `compress` returned, or any other network
            path,            # file to write, e.g. `model.onnx`
@@ -294,14 +293,12 @@ def _made(r):
     "A sentence on how a network was pruned and trained."
     steps = f'{r.iterations} step{"s" * (r.iterations > 1)}'
     text = (f'{"Filters" if r.method == "filters" else "Weights"} were pruned by their l1 norm in '
-            f'{steps}, each followed '
-            f'by a retraining (epochs: {r.retrain_epochs}) with the learning rate restarted at '
-            f'{r.retrain_lr:g}.')
+            f'{steps}, each followed by a retraining (epochs: {r.retrain_epochs}) with the learning '
+            f'rate restarted at {r.retrain_lr:g}.')
     if 'kesi' not in r.variants: return text
     return (f'{text} All {r.iterations + 1} snapshots were then distilled into the smallest one '
-            f'(epochs: '
-            f'{r.distill_epochs}, temperature: {r.temperature:g}): KESI, '
-            f'[arXiv:2006.11487](https://arxiv.org/abs/2006.11487).')
+            f'(epochs: {r.distill_epochs}, temperature: {r.temperature:g}): KESI, '
+            '[arXiv:2006.11487](https://arxiv.org/abs/2006.11487).')
 
 def _row(told, result):
     "The line of a report's table that is about the network of the card."
@@ -333,8 +330,7 @@ def _latencies(times, turns):
     if turns:
         (_, before), (_, after) = turns.items()
         found.append(f'One image, one thread, both networks in turns: {before:.2f} ms before, '
-                     f'{after:.2f} ms after '
-                     f'({before / after:.2f} times as fast).')
+                     f'{after:.2f} ms after ({before / after:.2f} times as fast).')
     return [*found, latency_table(times)] if times else found
 
 # %% ../nbs/use/deploy.ipynb #91c3a305

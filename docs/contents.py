@@ -5,12 +5,12 @@ STORY, ENGINE, USE, REPRODUCTION = 'The story', 'Engine room', 'Use it', 'Reprod
 
 _ENGINE = ('runtime', 'data', 'downloads', 'other_networks', 'authors_files', 'sensitivity',
            'training', 'folding', 'store', 'report', 'scale', 'bench', 'cli', 'studies',
-           'studies_controls')
-_USE = ('your_own_network', 'should_i_use_it', 'compress', 'any_network', 'deploy', 'zoo',
-        'playground', 'slurm')
+           'studies_controls', 'studies_families')
+_USE = ('your_own_network', 'should_i_use_it', 'compress', 'any_network', 'criteria', 'deploy',
+        'zoo', 'playground', 'slurm')
 _REPRODUCTION = ('cifar10', 'digits', 'fashion_mnist', 'counts', 'diversity', 'landscape',
                  'restart_height', 'teachers', 'views', 'how_far', 'speed', 'cifar',
-                 'tiny_imagenet', 'beyond')
+                 'tiny_imagenet', 'beyond', 'families')
 
 def _found(nbs, folder, names):
     "The pages of a folder in the order of their names; a page that is not in the list is an error."

@@ -131,8 +131,7 @@ def agree(net,               # a network
         worst = max(worst, ((got - want).abs().max() / want.abs().max().clamp_min(1e-6)).item())
     if worst <= tolerance: return worst
     raise KesiError(f'the ONNX file does not answer like torch: they differ by {worst:.1e} of the '
-                    f'largest logit, '
-                    f'allowed are {tolerance:.0e}')
+                    f'largest logit, allowed are {tolerance:.0e}')
 
 def export(net,             # one of ours, what `compress` returned, or any other network
            path,            # file to write, e.g. `model.onnx`
@@ -147,8 +146,8 @@ def export(net,             # one of ours, what `compress` returned, or any othe
 def in_turns(runs: dict,            # name → function of one batch
              x,                     # the batch, or the shape of one image
              seconds: float = .5,   # measure for about that long each, at least five times
-             quantile: float = .5, # .5 is the median; less where the machine is busy with others
-            ) -> dict:              # name → milliseconds of one call
+             quantile: float | tuple = .5, # .5 is the median; several give the spread
+            ) -> dict:              # name → milliseconds of one call, for each quantile
     "How long some calls take; they take turns, so that other work slows all of them alike."
     x, times = _images(1, x) if isinstance(x, tuple) else x, {n: [] for n in runs}
     for _ in range(3):
@@ -160,7 +159,9 @@ def in_turns(runs: dict,            # name → function of one batch
             begun = time.perf_counter()
             run(x)
             times[n].append(time.perf_counter() - begun)
-    return {n: 1000 * sorted(t)[int(quantile * (len(t) - .5))] for n, t in times.items()}
+    def at(t, q): return 1000 * sorted(t)[int(q * (len(t) - .5))]
+    if not isinstance(quantile, tuple): return {n: at(t, quantile) for n, t in times.items()}
+    return {n: tuple(at(t, q) for q in quantile) for n, t in times.items()}
 
 def milliseconds(run,                   # function of one batch
                  x,                     # the batch
@@ -292,14 +293,12 @@ def _made(r):
     "A sentence on how a network was pruned and trained."
     steps = f'{r.iterations} step{"s" * (r.iterations > 1)}'
     text = (f'{"Filters" if r.method == "filters" else "Weights"} were pruned by their l1 norm in '
-            f'{steps}, each followed '
-            f'by a retraining (epochs: {r.retrain_epochs}) with the learning rate restarted at '
-            f'{r.retrain_lr:g}.')
+            f'{steps}, each followed by a retraining (epochs: {r.retrain_epochs}) with the learning '
+            f'rate restarted at {r.retrain_lr:g}.')
     if 'kesi' not in r.variants: return text
     return (f'{text} All {r.iterations + 1} snapshots were then distilled into the smallest one '
-            f'(epochs: '
-            f'{r.distill_epochs}, temperature: {r.temperature:g}): KESI, '
-            f'[arXiv:2006.11487](https://arxiv.org/abs/2006.11487).')
+            f'(epochs: {r.distill_epochs}, temperature: {r.temperature:g}): KESI, '
+            '[arXiv:2006.11487](https://arxiv.org/abs/2006.11487).')
 
 def _row(told, result):
     "The line of a report's table that is about the network of the card."
@@ -331,8 +330,7 @@ def _latencies(times, turns):
     if turns:
         (_, before), (_, after) = turns.items()
         found.append(f'One image, one thread, both networks in turns: {before:.2f} ms before, '
-                     f'{after:.2f} ms after '
-                     f'({before / after:.2f} times as fast).')
+                     f'{after:.2f} ms after ({before / after:.2f} times as fast).')
     return [*found, latency_table(times)] if times else found
 
 # %% ../nbs/use/deploy.ipynb #91c3a305

@@ -399,6 +399,27 @@ def note(self: Store,
             if _record(self, home) == add(): break
     return home
 
+# %% ../nbs/engine/store.ipynb #7a0e0019
+def _watched() -> bool:
+    "Does a person run this notebook? Only then the kernel may ask questions."
+    shell = sys.modules.get('IPython') and sys.modules['IPython'].get_ipython()
+    return bool(getattr(getattr(shell, 'kernel', None), '_allow_stdin', False))
+
+class _Line:
+    "One line below a notebook's cell that is written again and again; a file, as tqdm wants one."
+    encoding = 'utf-8'
+    def __init__(self):
+        from IPython.display import display
+        self.shown = display({'text/plain': ''}, raw=True, display_id=True)
+    def write(self, text): self.shown.update({'text/plain': text.strip('\r\n ')}, raw=True)
+    def flush(self): pass
+
+def _bar(show: bool):
+    "A bar that goes when it is done: on a terminal, or in a notebook where a person looks on."
+    line = _Line() if show and _watched() else None
+    how = dict(file=line, disable=False) if line else dict(disable=None if show else True)
+    return tqdm(total=100, leave=False, bar_format='{percentage:3.0f}% |{bar:20}| {desc}', **how)
+
 # %% ../nbs/engine/store.ipynb #acd558e6
 class Progress:
     "Where a run is, and how long it will take: a bar on a terminal, a line per finished stage."
@@ -416,8 +437,7 @@ class Progress:
             if store.path(s).exists(): self.left.pop(s.key, None)
         self.measured = r.measured
         self.total = sum(self.left.values())
-        self.bar = tqdm(total=100, disable=None if self.left and show else True, leave=False,
-                        bar_format='{percentage:3.0f}% |{bar:20}| {desc}')
+        self.bar = _bar(bool(self.left and show))
 
 # %% ../nbs/engine/store.ipynb #7a0e0018
 @patch

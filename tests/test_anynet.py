@@ -8,8 +8,8 @@ from torchvision.transforms.functional import to_pil_image
 from strangers import FACTORIES, SHAPE, Handmade, names, pruned
 import kesi
 from kesi import anynet, deploy, paper
-from kesi.anynet import (MEASURES, Source, _Graph, _groups, _kept, cut, cut_to, free, groups, load,
-                         plan, save, spread, widths_left)
+from kesi.anynet import (MEASURES, Source, cost, cut, cut_to, free, groups, load, plan, save,
+                         spread, widths_left)
 from kesi.data import load as load_data
 from kesi.macs import count
 from kesi.models import Spec, build
@@ -54,7 +54,7 @@ def random_vectors(net):
         t.copy_(.5 + torch.rand(t.shape, generator=g, dtype=t.dtype))
 
 def silence(graph, root, gone):
-    "Set filters of a layer to zero, with everything that goes with them."
+    "Set filters of a layer to zero, with all that Torch-Pruning says goes with them."
     layer, cutting = graph.layers[root], graph.tp.prune_conv_out_channels
     for item in graph.graph.get_pruning_group(layer, cutting, gone):
         m = item.dep.target.module
@@ -67,18 +67,169 @@ def test_the_cut_network_is_the_big_one_with_those_filters_silenced(name):
     big = copy.deepcopy(pruned(name)[0]).double()
     random_vectors(big)
     small, silent = cut(big, SHAPE, .3), copy.deepcopy(big)
-    graph = _Graph(silent, SHAPE)
-    found = _groups(graph, False)
-    for root, keep in _kept(graph, found, widths_left(found, .3)).items():
-        all_filters = range(len(graph.layers[root].weight))
-        gone = sorted(set(all_filters) - set(keep.tolist()))
-        if root not in graph.hidden: silence(graph, root, gone)
+    graph, found = anynet._Graph(silent, SHAPE), groups(big, SHAPE)
+    gone = anynet._gone(graph, silent, found, widths_left(found, .3))
+    for root, some in gone.items():
+        if root not in graph.hidden: silence(graph, root, some.tolist())
         else:                                               # a hidden unit that says nothing
-            for p in graph.layers[root].parameters(): p.data[gone] = 0
+            for p in graph.layers[root].parameters(): p.data[some] = 0
     x = torch.randn(2, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(small(x), silent(x), rtol=1e-8, atol=1e-8)
         assert (small(x) - big(x)).abs().max() > 1e-6
+
+# Blocks of channels
+
+def resnext():
+    block = torchvision.models.resnet.Bottleneck
+    return torchvision.models.ResNet(block, [1, 1, 1, 1], 10, groups=4, width_per_group=16)
+
+def group_normed():
+    block = torchvision.models.resnet.Bottleneck
+    def norm(n): return nn.GroupNorm(8, n)
+    return torchvision.models.ResNet(block, [1, 1, 1, 1], 10, norm_layer=norm)
+
+def regnet():
+    kind = torchvision.models.regnet
+    sizes = kind.BlockParams([1, 1], [32, 64], [8, 16], [1., 1.], [2, 2], se_ratio=None)
+    return kind.RegNet(sizes, num_classes=10)
+
+def shufflenet():
+    return torchvision.models.ShuffleNetV2([1, 2, 1], [24, 48, 96, 192, 256], num_classes=10)
+
+def told_apart(net):
+    "Double precision, and each entry of a norm has a number of its own."
+    net, g = net.double().eval(), torch.Generator().manual_seed(3)
+    for m in net.modules():
+        if not isinstance(m, (nn.BatchNorm2d, nn.GroupNorm)): continue
+        for t in m.parameters(): t.data = .5 + torch.rand(t.shape, generator=g, dtype=t.dtype)
+        if isinstance(m, nn.BatchNorm2d): m.running_mean.uniform_(-.5, .5, generator=g)
+    return net
+
+def without_what_is_gone(big, small):
+    "The big network, silent in those entries of its norms whose numbers the small one lacks."
+    silent = copy.deepcopy(big)
+    for name, m in small.named_modules():
+        if not isinstance(m, (nn.BatchNorm2d, nn.GroupNorm)): continue
+        norm = silent.get_submodule(name)
+        gone = ~torch.isin(norm.weight.data, m.weight.data)
+        for p in norm.parameters(): p.data[gone] = 0
+    return silent
+
+BLOCKS = {'resnext': (resnext, 16), 'group_normed': (group_normed, 16), 'regnet': (regnet, 8),
+          'shufflenet': (shufflenet, 1)}
+
+class Mixing(nn.Module):
+    "A block of an MLP of tokens, as timm writes it: linear layers that no nn.Sequential holds."
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 16, 16), nn.LayerNorm(16)
+        self.fc1, self.fc2, self.head = nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 10)
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = x + self.fc2(F.gelu(self.fc1(self.norm(x))))
+        return self.head(x.mean(1))
+
+def test_linear_layers_where_nothing_else_is_left():
+    torch.manual_seed(0)
+    net = Mixing().double().eval()
+    g, = free(groups(net, SHAPE))
+    assert (g.name, g.width, g.readers) == ('fc1', 24, ('fc2',)) and not g.stuck
+    small, silent, x = cut(net, SHAPE, .5), copy.deepcopy(net), torch.randn(2, *SHAPE).double()
+    gone = net.fc1.weight.detach().abs().sum(1).argsort(stable=True)[:12]
+    silent.fc2.weight.data[:, gone] = 0
+    with torch.no_grad(): torch.testing.assert_close(small(x), silent(x), rtol=1e-8, atol=1e-8)
+    assert small.fc1.out_features == small.fc2.in_features == 12
+
+@pytest.mark.parametrize('name', BLOCKS)
+def test_whole_blocks_go_exactly(name, tmp_path):
+    make, block = BLOCKS[name]
+    torch.manual_seed(0)
+    big = told_apart(make())
+    found = groups(big, SHAPE, more=True)
+    assert block in {g.block for g in free(found)}
+    assert not any(g.name == 'fc' for g in free(found)), 'the classifier is left alone'
+    small = cut(big, SHAPE, .5, more=True)
+    assert count(small, SHAPE).macs < .7 * count(big, SHAPE).macs
+    silent, x = without_what_is_gone(big, small), torch.randn(2, *SHAPE, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), silent(x), rtol=1e-8, atol=1e-8)
+        assert (small(x) - big(x)).abs().max() > 1e-6
+    for m in small.modules():
+        if isinstance(m, nn.Conv2d): assert m.weight.shape[1] == m.in_channels // m.groups
+    small.train()(x).sum().backward()
+    path = save(small.eval(), tmp_path/'n', lambda: make().double(), SHAPE)
+    with torch.no_grad():
+        torch.testing.assert_close(load(path, lambda: make().double())(x), small(x))
+
+def test_blocks_go_by_the_sum_of_their_filters():
+    "Eight filters in four blocks: the block of the smallest sum goes, with its inputs and outputs."
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, groups=4), nn.AdaptiveAvgPool2d(1),
+                        nn.Flatten(), nn.Linear(8, 10)).eval()
+    for conv, sizes in ((net[0], (5., 5, 1, 9, 3, 3, 4, 4)), (net[1], (1.,) * 8)):
+        conv.weight.data = torch.tensor(sizes)[:, None, None, None].expand_as(conv.weight).clone()
+    g, = free(groups(net, SHAPE, more=True))
+    assert (g.width, g.block, g.producers) == (4, 2, ('0', '1'))
+    small = cut(net, SHAPE, .25, more=True)
+    left = [5, 5, 1, 9, 4, 4]                                 # sums of the blocks: 10, 10, 6, 8
+    assert small[0].weight[:, 0, 0, 0].tolist() == left and small[1].groups == 3
+    torch.testing.assert_close(small[4].weight, net[4].weight[:, [0, 1, 2, 3, 6, 7]])
+
+def test_usual_groups_come_first():
+    "Networks that could be cut without blocks are cut as before; a target takes more in need."
+    net = resnext().eval()
+    usual, every = groups(net, SHAPE), groups(net, SHAPE, more=True)
+    assert len(free(usual)) < len(free(every))
+    assert any(g.kept == 'grouped channels' for g in usual)
+    gentle, half = (plan(net, SHAPE, target={'macs': s}, iterations=1) for s in (.98, .5))
+    assert len(gentle.widths[0]) == len(free(usual)) and len(half.widths[0]) == len(free(every))
+    assert .98 * .5 <= half.counts[-1].macs / half.counts[0].macs <= .5
+
+@pytest.mark.parametrize('make', (Handmade, resnext, shufflenet))
+def test_costs_follow_from_widths(make):
+    "Rows and columns counted, against the network that was cut."
+    net = make().eval()
+    found = groups(net, SHAPE, more=True)
+    for rate in (.2, .7):
+        widths = widths_left(found, rate)
+        small = cut_to(net, SHAPE, widths)
+        for kind in ('macs', 'params', 'bytes'):
+            assert cost(net, SHAPE, found, kind)(widths) == MEASURES[kind][1](small, SHAPE), kind
+
+class Along(nn.Module):
+    "A gate that looks along the channels, as in ECA-Net: fewer of them have other neighbours."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = conv(3, 8), conv(8, 16), nn.Linear(16, 10)
+        self.gate = nn.Conv1d(1, 1, 3, padding=1)
+    def forward(self, x):
+        x = self.b(self.a(x))
+        gate = self.gate(x.mean((2, 3))[:, None]).view(len(x), -1, 1, 1)
+        return self.fc((x * gate).mean((2, 3)))
+
+class Standardised(nn.Conv2d):
+    "A convolution whose filters are standardised, as in NFNet."
+    def forward(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, w / (w.std((1, 2, 3), keepdim=True) + .1), self.bias, padding=1)
+
+class Computed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = conv(3, 8), Standardised(8, 16, 3), nn.Linear(16, 10)
+    def forward(self, x): return self.fc(self.b(self.a(x)).mean((2, 3)))
+
+@pytest.mark.parametrize('make, name', ((Along, 'b'), (Computed, 'a')))
+def test_cuts_that_would_not_be_exact_are_not_made(make, name):
+    "Where silent and cut differ, the group stays whole; its rate is 0, and asking for it says why."
+    torch.manual_seed(0)
+    net = make().eval()
+    g, = (g for g in groups(net, SHAPE) if g.name == name)
+    assert g.stuck or g.kept == anynet._UNCLEAR
+    small = cut(net, SHAPE, .5)
+    assert getattr(small, name).out_channels == getattr(net, name).out_channels
+    with pytest.raises(UserError, match=f'{name!r} cannot be cut: '): cut(net, SHAPE, {name: .5})
+    assert cut(net, SHAPE, {'': .5, name: 0}).state_dict().keys() == small.state_dict().keys()
 
 @pytest.mark.parametrize('arch', ('resnet20', 'preresnet11', 'wrn_10_1', 'vgg16', 'resnet18'))
 def test_our_networks_are_cut_alike_both_ways(arch):
@@ -119,11 +270,19 @@ class Glued(Flat):
         return self.fc(F.adaptive_avg_pool2d(both, 4).flatten(1))
 
 def test_forward_passes_with_fixed_sizes():
-    with pytest.raises(UserError, match=r'cannot run with fewer filters in b: .*flatten\(1\)'):
-        cut(Flat(), SHAPE, .5)
-    assert cut(Flat(), SHAPE, {'a': .5, 'b': 0}).b.in_channels == 4
+    with pytest.raises(UserError, match=r"'b' cannot be cut: .*flatten\(1\)"):
+        cut(Flat(), SHAPE, {'b': .5})
+    for rates in (.5, {'a': .5, 'b': 0}):
+        small = cut(Flat(), SHAPE, rates)
+        assert small.b.in_channels == 4 and small.b.out_channels == 16
     assert {g.kept for g in groups(Glued(), SHAPE)} >= {None, 'unclear concatenation'}
     assert cut(Glued(), SHAPE, .5).a.out_channels == 4
+
+def test_widths_that_break_the_network_are_blamed():
+    with pytest.raises(UserError, match=r'cannot run with fewer filters in b: .*flatten\(1\)'):
+        cut_to(Flat(), SHAPE, (4, 8))
+    with pytest.raises(UserError, match='there are 2 groups that may be cut; got 1 widths'):
+        cut_to(Flat(), SHAPE, (4,))
 
 def test_networks_that_cannot_be_pruned():
     linear = nn.Sequential(nn.Flatten(), nn.Linear(12288, 10))
@@ -516,15 +675,12 @@ class Heads(Flat):
 
 @pytest.mark.parametrize('net, said', (
     (Shuffled, r'its layer up \(PixelShuffle\) expects'),
-    pytest.param(Heads, 'its forward pass expects', marks=pytest.mark.soak)))       # minutes
-def test_what_a_cut_breaks_is_said(net, said):
-    with pytest.raises(UserError, match=f'fewer filters in b: {said}') as e: cut(net(), SHAPE, .4)
-    assert 'flatten' not in str(e.value) and "rates={'b': 0" in str(e.value)
-
-def test_fixed_splits_get_an_answer():
-    try: small = cut(Halves(), SHAPE, .4)
-    except UserError as e: assert 'fewer filters in b' in str(e) or 'cannot cut b' in str(e)
-    else: assert small(torch.zeros(1, *SHAPE)).shape == (1, 10)
+    (Heads, 'unclear channels'), (Halves, 'unclear concatenation')))
+def test_what_a_cut_would_break_is_said(net, said):
+    with pytest.raises(UserError, match=f"'b' cannot be cut: {said}") as e:
+        cut(net(), SHAPE, {'b': .4})
+    assert 'flatten' not in str(e.value)
+    assert cut(net(), SHAPE, .4).b.in_channels == 4
 
 def test_tied_weights_are_refused_before_training(digits):
     class Tied(Tiny):
@@ -886,3 +1042,88 @@ def test_twenty_more_mistakes(digits):
     for wrong, match in mistakes(digits):
         given = {**dict(net=Tiny(), train=digits[0], test=digits[1]), **quick(), **wrong}
         with pytest.raises(UserError, match=match): kesi.compress(**given)
+
+# Criteria
+
+def ranked(net, by, rate=.5, **kw):
+    "Filters that stay, by the numbers that tell them apart."
+    return cut(net, SHAPE, rate, by=by, **kw)
+
+def gates(net, names, x, y):
+    "The oracle of taylor: a factor in front of each output of some layers, asked of autograd."
+    factors = {n: torch.ones(len(net.get_submodule(n).weight), dtype=x.dtype, requires_grad=True)
+               for n in names}
+    def turned(n): return lambda m, _, out: out * shaped(factors[n], out)
+    def shaped(f, out): return f[:, None, None] if out.ndim == 4 else f
+    hooks = [net.get_submodule(n).register_forward_hook(turned(n)) for n in names]
+    loss = F.cross_entropy(net(x), y)
+    grads = torch.autograd.grad(loss, list(factors.values()))
+    for h in hooks: h.remove()
+    return dict(zip(names, grads))
+
+def test_taylor_is_the_slope_of_a_gate():
+    "For convolutions behind which a norm stands, for plain ones, and for hidden linear units."
+    torch.manual_seed(0)
+    for net in (told_apart(Handmade()), Headed().double().eval()):
+        x = torch.randn(6, *((3, 16, 16) if isinstance(net, Headed) else SHAPE)).double()
+        y, shape = torch.arange(6), tuple(x.shape[1:])
+        told, graph = anynet._with_gradients(net, (x, y)), anynet._graph_of(net, shape)
+        for g in free(groups(net, shape)):
+            if len(g.producers) > 1: continue
+            asked = (g.norms or g.producers)[:1]
+            want = gates(net, asked, x, y)[asked[0]].abs()
+            got = anynet._scores(graph, told, g, 'taylor')
+            torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12)
+
+def test_criteria_by_hand():
+    "Four filters of one weight and two of them alike: which goes first?"
+    net = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1),
+                        nn.Flatten(), nn.Linear(4, 10)).eval()
+    filters = torch.tensor([[3., 0, 0], [1, 1, 1], [2, 2, 2], [-9, 0, 0]])
+    net[0].weight.data = filters[..., None, None]
+    net[1].weight.data = torch.tensor([1., 2, -.1, 3])
+    gone = {'l1': 0, 'l2': 1, 'norm': 2, 'median': 1}
+    # l1: 3, 3, 6, 9 (the first of equals goes); l2: 3, 1.73, 3.46, 9
+    # distances: 0: 2.45+3+12 = 17.4; 1: 2.45+1.73+10.1 = 14.3; 2: 3+1.73+11.4 = 16.1
+    for by, first in gone.items():
+        left = ranked(net, by, .25)[0].weight[:, 0, 0, 0]
+        want = net[0].weight[[i for i in range(4) if i != first], 0, 0, 0]
+        assert torch.equal(left, want), by
+
+def test_random_is_the_same_twice_and_another_in_each_layer():
+    net = Handmade().eval()
+    a, b = (ranked(net, 'random') for _ in range(2))
+    assert equal(a, b) and not equal(a, ranked(net, 'l1'))
+    graph = anynet._graph_of(net, SHAPE)
+    left, right = (anynet._scores(graph, net, g, 'random')
+                   for g in free(groups(net, SHAPE)) if g.name in ('left.0', 'right.0'))
+    assert not torch.equal(left[:24], right)
+
+@pytest.mark.parametrize('by', ('l2', 'norm', 'median', 'taylor', 'random'))
+def test_hidden_units_are_ranked_too(by):
+    torch.manual_seed(0)
+    net, shape = Headed().eval(), (3, 16, 16)
+    data = torch.randn(6, *shape), torch.arange(6)
+    small = cut(net, shape, {'classifier.1': .5}, by=by, data=data)
+    graph, told = anynet._graph_of(net, shape), anynet._with_gradients(net, data)
+    g, = (g for g in groups(net, shape) if g.name == 'classifier.1')
+    keep = anynet._scores(graph, told, g, by).argsort(stable=True)[12:].sort().values
+    assert torch.equal(small.classifier[1].weight, net.classifier[1].weight[keep])
+    assert torch.equal(small.classifier[4].weight, net.classifier[4].weight[:, keep])
+
+def test_compress_ranks_as_it_is_told(digits, tmp_path):
+    "The stage of the cut says so; without, its key is the one that it has always had."
+    def once(**kw):
+        how = quick(variants=('one-cycle',), out=tmp_path, name='d', **kw)
+        return kesi.compress(net, *digits, **how)
+    def shown(s): return s.snapshots[-1].network.a.weight
+    torch.manual_seed(0)
+    net = Tiny().eval()
+    plain, told, again = once(), once(by='taylor'), once(by='taylor')
+    assert plain.plan.by == 'l1' and told.plan.by == 'taylor'
+    assert torch.equal(shown(told), shown(again)) and not torch.equal(shown(told), shown(plain))
+    half = once(by='l2', across=True, target={'macs': .5})
+    assert .4 < half.steps[-1].macs / half.steps[0].macs <= .5
+    with pytest.raises(UserError, match='ranked by l1, l2, norm, median, taylor, random; got'):
+        once(by='l3')
+    with pytest.raises(UserError, match='across must be True'): once(across='yes')

@@ -68,6 +68,14 @@ def test_the_median_is_not_moved_by_a_hiccup(monkeypatch):
     monkeypatch.setattr(deploy.time, 'perf_counter', lambda: next(times))
     assert 1.9 < deploy.milliseconds(lambda x: x, None, 0.) < 500
 
+def test_several_quantiles_give_the_spread(monkeypatch):
+    "Calls of 1, 2, 3, 4 and 5 milliseconds, after one look at the clock for the end."
+    ends = [i + (i + 1) / 1000 for i in range(5)]
+    times = iter([0.] + [t for i, end in enumerate(ends) for t in (float(i), end)])
+    monkeypatch.setattr(deploy.time, 'perf_counter', lambda: next(times, 1e9))
+    found = deploy.in_turns({'it': lambda x: x}, torch.zeros(1), 0., quantile=(.2, .5, .8))
+    assert found['it'] == pytest.approx((1, 3, 4), abs=1e-6)
+
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     out = tmp_path_factory.mktemp('deploy')/'runs'

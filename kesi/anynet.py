@@ -1276,15 +1276,18 @@ def rounded(wanted: float,  # filters that should be left
     if multiple == 1 or width < 4 * multiple: return max(1, int(wanted + 1e-9))
     return min(width, max(multiple, round(wanted / multiple) * multiple))
 
-def path(found, rates, iterations, multiple) -> list:
-    "The widths that repeated prunings leave: after each those of the groups that may be cut."
+def path(found, rates, iterations, multiple, whole=True) -> list:
+    "The widths that repeated prunings leave; not `whole`: as many as leave every layer a filter."
     steps = [tuple(g.width for g in free(found))]
     for i in range(iterations):
         now = [dataclasses.replace(g, width=w) for g, w in zip(free(found), steps[-1])]
-        steps.append(widths_left(now, rates))
+        try: steps.append(widths_left(now, rates))
+        except UserError:
+            if whole or not i: raise
+            break
     if multiple == 1: return steps[1:]
     at, _ = _scaled(found, rates, multiple)
-    return [at(i) for i in range(1, iterations + 1)]
+    return [at(i) for i in range(1, len(steps))]
 
 # %% ../nbs/use/compress.ipynb #c0a1d014
 def _bytes(net): return sum(t.numel() * t.element_size() for t in net.state_dict().values())
@@ -1452,7 +1455,7 @@ def plan(net: nn.Module,     # any network; stays as it is
         how = iterations, multiple, streams, _floor_of(across), by, data
         found, widths = across_plan(net, shape, found, rates, goal, *how)
     elif goal is None or goal.kind == 'accuracy_drop':
-        widths = path(found, spread(found, rates), iterations, multiple)
+        widths = path(found, spread(found, rates), iterations, multiple, whole=goal is None)
     else:
         def meet(some):
             each = spread(some, rates)

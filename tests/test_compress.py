@@ -264,7 +264,16 @@ def test_a_network_that_no_rate_can_train(digits, monkeypatch):
     with pytest.raises(UserError, match='no rate from 0.001 up can train this network; are its'):
         proposing(digits)
 
-# Targets from the command line
+# Targets
+
+def test_a_drop_that_never_comes_ends_where_layers_end(digits):
+    "Pruning goes on while every layer keeps a filter: 12 are 6, 3 and 1 after three halvings."
+    (x, y), test = digits
+    how = dict(target={'accuracy_drop': .99}, valid=.2, iterations=20, rates=.5)
+    s = called(digits, **how)
+    assert s.plan.widths == [(6, 8), (3, 4), (1, 2)] and s.report['recipe']['iterations'] == 3
+    with pytest.raises(UserError, match='would remove all 1 filters of a'):
+        called(digits, iterations=20, rates=.5)
 
 def test_milliseconds_from_the_command_line(tmp_path, capsys, monkeypatch):
     "The clock here says the square root of the MACs; half of the time is a quarter of these."

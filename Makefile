@@ -15,7 +15,7 @@ test: .venv/developer       ## everything that must hold before a commit; notebo
 	$(MAKE) -j 2 test-notebooks test-rest
 
 test-notebooks: .venv/developer
-	$(PATHS) $(ENV) $(BIN)/nbdev_test --n_workers 2 --do_print
+	$(PATHS) $(ENV) $(BIN)/nbdev_test --n_workers 3 --do_print
 
 test-rest: .venv/developer
 	$(PATHS) $(ENV) $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 12 -m "not soak" tests

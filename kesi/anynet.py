@@ -2122,8 +2122,8 @@ def _planned(net, data, r, rates, target, multiple, streams, by, across, at_once
     cuts = plan(net, data.size, rates, target, *how)
     if at_once: cuts = _at_once(cuts)
     if cuts.counts[-1].params == cuts.counts[0].params:
-        raise UserError(f'nothing would be cut at rates={rates!r}; give larger ones, or multiple=1, '
-                        'which does not round widths')
+        raise UserError(f'nothing would be cut at rates={rates!r}; give larger ones, or '
+                        'multiple=1, which does not round widths')
     say(cuts.text)
     _say_zeros(net, say)
     return cuts

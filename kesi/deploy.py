@@ -293,8 +293,8 @@ def _made(r):
     "A sentence on how a network was pruned and trained."
     steps = f'{r.iterations} step{"s" * (r.iterations > 1)}'
     text = (f'{"Filters" if r.method == "filters" else "Weights"} were pruned by their l1 norm in '
-            f'{steps}, each followed by a retraining (epochs: {r.retrain_epochs}) with the learning '
-            f'rate restarted at {r.retrain_lr:g}.')
+            f'{steps}, each followed by a retraining (epochs: {r.retrain_epochs}) with the '
+            f'learning rate restarted at {r.retrain_lr:g}.')
     if 'kesi' not in r.variants: return text
     return (f'{text} All {r.iterations + 1} snapshots were then distilled into the smallest one '
             f'(epochs: {r.distill_epochs}, temperature: {r.temperature:g}): KESI, '

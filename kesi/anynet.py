@@ -298,14 +298,15 @@ _LAST = {}                                              # the last graph; it tak
 def _fingerprint(net, shape):
     "What a graph depends on."
     sizes = [(n, tuple(p.shape)) for n, p in net.named_parameters()]
-    return repr((tuple(shape), type(net), sizes, [type(m) for m in net.modules()]))
+    return repr((tuple(shape), type(net), sizes, net))
 
 def _graph_of(net, shape):
     "The graph of a network, made of a copy of it."
     known, mark = _LAST.get('net', lambda: None), _fingerprint(net, shape)
     if known() is not net or _LAST['mark'] != mark:
         graph = _Graph(copy.deepcopy(net).cpu(), shape)
-        _LAST.update(net=weakref.ref(net), mark=mark, graph=graph)
+        there = weakref.ref(net, lambda _: _LAST.clear())               # it goes with its network
+        _LAST.update(net=there, mark=mark, graph=graph)
     return _LAST['graph']
 
 # %% ../nbs/use/any_network.ipynb #6421d7b4
@@ -687,10 +688,13 @@ def check_criterion(by, data=None) -> str:
         raise UserError(f'{by} asks the network about images: give data=(images, labels)')
     return by
 
-def _with_gradients(net, data):
-    "A copy in evaluation mode, with the gradient of the cross-entropy of some labelled images."
-    net, (x, y) = copy.deepcopy(net).eval().requires_grad_(True), data
-    with torch.enable_grad(): nn.functional.cross_entropy(net(x), y).backward()
+def _asked(net, by, data):
+    "A copy that a criterion can rank; with gradients of some labelled images where it needs them."
+    net = copy.deepcopy(net).cpu()
+    if by not in _LEARNED: return net
+    x, y = data
+    with torch.enable_grad():
+        nn.functional.cross_entropy(net.eval().requires_grad_(True)(x), y).backward()
     return net
 
 # %% ../nbs/use/any_network.ipynb #e20a000d
@@ -730,8 +734,7 @@ def _cut(net, shape, widths, streams, by='l1', data=None):
     if len(free(found)) != len(widths):
         raise UserError(f'there are {len(free(found))} groups that may be cut; got {len(widths)} '
                         'widths')
-    told = _with_gradients(small, data) if by in _LEARNED else small
-    _apply(small, _removed(graph, _gone(graph, told, found, widths, by)))
+    _apply(small, _removed(graph, _gone(graph, _asked(net, by, data), found, widths, by)))
     return small, found
 
 def _finished(net, small):
@@ -2365,6 +2368,24 @@ CRITERIA.update(l2={'producers': _ranking('l2')},
                 random={'producers': _dice})
 
 # %% ../nbs/use/criteria.ipynb #c417000c
+def _ranked(net, shape, found, by, data) -> list[str]:
+    "For each filter of all layers the name of its group; the least important ones first."
+    graph, told = _graph_of(net, shape), _asked(net, by, data)
+    scores = []
+    for i, g in enumerate(g for g in free(found) if not g.stuck):
+        each = _scores(graph, told, g, by).double()
+        scores += [(s, i, g.name) for s in (each / each.mean().clamp_min(1e-30)).tolist()]
+    return [name for _, _, name in sorted(scores)]
+
+def _without(ranked, found, share, floor) -> tuple[int, ...]:
+    "Widths without a share of all ranked filters; each layer keeps its floor."
+    left = {g.name: g.width for g in free(found)}
+    least = {g.name: max(1, round(floor * g.width)) for g in free(found)}
+    gone = int(share * len(ranked) + 1e-9)
+    for name in ranked:
+        if gone and left[name] > least[name]: left[name], gone = left[name] - 1, gone - 1
+    return tuple(left.values())
+
 def across(net: nn.Module, # any network
            shape,          # of one image
            found,          # its groups
@@ -2378,17 +2399,7 @@ def across(net: nn.Module, # any network
     for name, v in (('share', share), ('floor', floor)):
         if not isinstance(v, (int, float)) or isinstance(v, bool) or not 0 <= v < 1:
             raise UserError(f'{name} must be a number from 0 to below 1; got {v!r}')
-    told = _with_gradients(net, data) if by in _LEARNED else net
-    graph, some = _graph_of(net, shape), [g for g in free(found) if not g.stuck]
-    scores = [_scores(graph, told, g, by).double() for g in some]
-    ranked = sorted((s, i) for i, each in enumerate(scores)
-                    for s in (each / each.mean().clamp_min(1e-30)).tolist())
-    left, least = [g.width for g in some], [max(1, round(floor * g.width)) for g in some]
-    gone = int(share * len(ranked) + 1e-9)
-    for _, i in ranked:
-        if gone and left[i] > least[i]: left[i], gone = left[i] - 1, gone - 1
-    widths = {g.name: w for g, w in zip(some, left)}
-    return tuple(widths.get(g.name, g.width) for g in free(found))
+    return _without(_ranked(net, shape, found, by, data), found, share, floor)
 
 # %% ../nbs/use/criteria.ipynb #c417000f
 def _floor_of(across) -> float:
@@ -2411,8 +2422,9 @@ def across_to(net: nn.Module, shape,   # any network, and the shape of one image
         number, every = cost(net, shape, found, target.kind), free(found)
         whole, n = number([g.width for g in every]), sum(g.width for g in every)
         goal = whole * _goal_of(target, net, shape, whole)
+        ranked = _ranked(net, shape, found, by, data)
         def widths(k):
-            some = across(net, shape, found, k / (n + 1), floor, by, data)
+            some = _without(ranked, found, k / (n + 1), floor)
             return tuple(rounded(w, g.width, multiple) for g, w in zip(every, some))
         k = smallest(lambda k: number(widths(k)) <= goal, n)
         if number(widths(k)) <= goal: return widths(k)
@@ -2430,7 +2442,8 @@ def across_plan(net, shape, found, rates, target, iterations, multiple, streams,
         raise UserError(f'across layers rates is one number, of all filters; got {rates!r}')
     spread(found, rates)
     shares = [1 - (1 - rates)**i for i in range(1, iterations + 1)]
-    steps = [across(net, shape, found, s, floor, by, data) for s in shares]
+    ranked = _ranked(net, shape, found, by, data)
+    steps = [_without(ranked, found, s, floor) for s in shares]
     return found, [tuple(rounded(w, g.width, multiple) for g, w in zip(free(found), some))
                    for some in steps]
 
@@ -2445,15 +2458,18 @@ def images_for(by, source, n: int = 512):
     return tuple(torch.cat(t) for t in zip(*seen))
 
 # %% ../nbs/use/criteria.ipynb #c4170012
-def _judge_of(data, shape, rt):
-    "A function that measures a network, and the shape of one image."
+def _judge_of(data, shape, by, rt):
+    "A function that measures a network, the shape of one image, and images for the criterion."
     if callable(data) and not isinstance(data, nn.Module):
         if shape is None:
             raise UserError('with a function as data, give the shape of one image too')
-        return data, shape
+        if by in _LEARNED:
+            raise UserError(f'{by} asks the network about images; a function as data has none')
+        return data, shape, None
     source = Source(data, None if isinstance(data, Dataset) else data)
     test = source.loaders(500, rt)[1]
-    return lambda net: _accuracy(net, test, rt), source.size
+    def measure(net): return _accuracy(net, test, rt)
+    return measure, source.size, images_for(by, source)
 
 def sensitivity(net: nn.Module, # trained; stays as it is
                 data,           # to measure on, as `compress` takes it; or a function: net → number
@@ -2465,14 +2481,13 @@ def sensitivity(net: nn.Module, # trained; stays as it is
                ) -> dict[str, dict[float, float]]: # group → share → accuracy
     "Accuracy after cutting one group alone, for each of them and each share."
     net, by = check_network(net), check_criterion(by, data)
-    measure, shape = _judge_of(data, shape, Runtime(channels_last=False))
+    measure, shape, images = _judge_of(data, shape, by, Runtime(channels_last=False))
     found = groups(net, shape, streams)
     spread(found, dict.fromkeys(only, 0.))                                # paths that exist
-    told = dict(by=by, data=data) if by in _LEARNED else dict(by=by)
     whole = measure(net)
     def alone(g, rate):
         widths = widths_left(found, {g.name: rate})
-        return measure(cut_to(net, shape, widths, streams, **told))
+        return measure(cut_to(net, shape, widths, streams, by, images))
     asked = [g for g in free(found) if not g.stuck and g.width > 1]
     asked = [g for g in asked if any(_within(g.name, path) for path in only)]
     return {g.name: {0.: whole, **{r: alone(g, r) for r in rates}} for g in asked}

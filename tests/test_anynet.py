@@ -1067,13 +1067,19 @@ def test_taylor_is_the_slope_of_a_gate():
     for net in (told_apart(Handmade()), Headed().double().eval()):
         x = torch.randn(6, *((3, 16, 16) if isinstance(net, Headed) else SHAPE)).double()
         y, shape = torch.arange(6), tuple(x.shape[1:])
-        told, graph = anynet._with_gradients(net, (x, y)), anynet._graph_of(net, shape)
+        told, graph = anynet._asked(net, 'taylor', (x, y)), anynet._graph_of(net, shape)
         for g in free(groups(net, shape)):
             if len(g.producers) > 1: continue
             asked = (g.norms or g.producers)[:1]
             want = gates(net, asked, x, y)[asked[0]].abs()
             got = anynet._scores(graph, told, g, 'taylor')
             torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12)
+
+def test_a_network_that_changed_is_read_anew():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    assert [g.width for g in groups(net, SHAPE)] == [4]
+    net[0], net[3] = nn.Conv2d(3, 6, 1), nn.Linear(6, 10)
+    assert [g.width for g in groups(net, SHAPE)] == [6]
 
 def test_criteria_by_hand():
     "Four filters of one weight and two of them alike: which goes first?"
@@ -1105,7 +1111,7 @@ def test_hidden_units_are_ranked_too(by):
     net, shape = Headed().eval(), (3, 16, 16)
     data = torch.randn(6, *shape), torch.arange(6)
     small = cut(net, shape, {'classifier.1': .5}, by=by, data=data)
-    graph, told = anynet._graph_of(net, shape), anynet._with_gradients(net, data)
+    graph, told = anynet._graph_of(net, shape), anynet._asked(net, by, data)
     g, = (g for g in groups(net, shape) if g.name == 'classifier.1')
     keep = anynet._scores(graph, told, g, by).argsort(stable=True)[12:].sort().values
     assert torch.equal(small.classifier[1].weight, net.classifier[1].weight[keep])

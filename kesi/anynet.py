@@ -1708,8 +1708,9 @@ def plot(self: Compressed, milliseconds: bool = True): # measure them too?
     "Accuracy of all snapshots against MACs and milliseconds."
     names = [s.name for s in self.snapshots]
     axes = [('million MACs', [s.macs / 1e6 for s in self.snapshots])]
-    if milliseconds: axes.append(('milliseconds for one '
-                                  'image', [self.milliseconds(names)[n] for n in names]))
+    if milliseconds:
+        times = self.milliseconds(names)
+        axes.append(('milliseconds for one image', [times[n] for n in names]))
     fig, panels = report.figure(1, len(axes), (4.5 * len(axes), 3), sharey=True, squeeze=False)
     for ax, (label, x) in zip(panels[0], axes):
         y = [100 * s.accuracy for s in self.snapshots]
@@ -1719,6 +1720,7 @@ def plot(self: Compressed, milliseconds: bool = True): # measure them too?
         ax.plot(x[i], y[i], 'o', ms=11, mfc='none', color=report.COLORS['kesi'])
         for a, b, n in zip(x, y, names): ax.annotate(n, (a, b), **look)
         ax.set(xlabel=label)
+        ax.margins(x=.2, y=.12)                                         # room for the names
     panels[0][0].set(ylabel='accuracy (%)')
     return fig
 
@@ -2504,6 +2506,6 @@ def show_sensitivity(found, # what `sensitivity` returned
     picture = ax.imshow(rows, aspect='auto', cmap='viridis')
     ax.set_xticks(range(len(shares)), [f'{s:.0%}' for s in shares])
     ax.set_yticks(range(len(found)), list(found), fontsize=7)
-    ax.set(xlabel='share of the filters removed in this group alone')
+    ax.set(xlabel='share of the filters removed in this group alone', ylabel='group')
     ax.figure.colorbar(picture, ax=ax, label='accuracy')
     return ax

@@ -64,7 +64,6 @@ def distill(student: Network,     # stays as it is; the result starts from its w
 
 # %% ../nbs/engine/folding.ipynb #f7c00003
 import copy, warnings
-from torch.fx.experimental.optimization import fuse
 from .data import Loader
 from .pruning import widen
 from .runtime import digest, generator
@@ -86,6 +85,7 @@ def freeze(net: nn.Module,  # stays as it is
     if rt.pad > 1 and ours: net = widen(net, full)
     net = copy.deepcopy(net).eval()
     if rt.fold:
+        from torch.fx.experimental.optimization import fuse     # a fifth of a second
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             net = fuse(net)

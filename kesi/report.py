@@ -8,14 +8,11 @@ __all__ = ['VARIANTS', 'LABELS', 'CLAIMS', 'ENOUGH', 'COLORS', 'summary', 'paire
            'plot_seeds', 'draw_kesi', 'to_markdown', 'write', 'homes']
 
 # %% ../nbs/engine/report.ipynb #2fbd7abf
-import dataclasses, json, math, subprocess
+import dataclasses, functools, json, math, subprocess
 from html import escape
 from io import BytesIO
 from pathlib import Path
-import matplotlib
-from matplotlib.figure import Figure
 import numpy as np, safetensors.torch, torch
-from scipy.special import stdtr, stdtrit         # Student's t; scipy.stats takes seconds to import
 from . import paper
 from .ensemble import accuracy, mean_probabilities
 from .paper import Recipe, UserError
@@ -35,6 +32,7 @@ def paired(a, # values of one variant, seed by seed
            b, # values of another, of the same seeds
           ) -> dict: # mean of a - b, its 95 % interval, n, the p-value of no difference, verdict
     "What follows from a - b: `holds` (a > b), `opposite` (a < b) or `undecided`."
+    from scipy.special import stdtr, stdtrit     # Student's t; scipy.stats would take seconds
     d = np.asarray(a, float) - np.asarray(b, float)
     mean, n = float(d.mean()), len(d)
     if n < 2:
@@ -304,16 +302,17 @@ def beside_paper(data: str, # a dataset of the paper
 COLORS = {'baseline': '#6b6b6b', 'pfec': '#d1495b', 'one-cycle': '#3b6fb6',
           'ensemble': '#e0a030', 'kesi': '#2a9d6f'}
 
-class _Picture(Figure):
-    "A figure that a notebook shows although pyplot knows nothing of it."
-    def _repr_png_(self):
-        buffer = BytesIO()
-        self.savefig(buffer, format='png', dpi=110)
-        return buffer.getvalue()
+def _png(fig):
+    "A figure's picture, for notebooks: pyplot, which would show it, knows nothing of it."
+    buffer = BytesIO()
+    fig.savefig(buffer, format='png', dpi=110)
+    return buffer.getvalue()
 
 def figure(rows=1, cols=1, size=(9, 3), **kw):
     "A figure on white, so that it is legible on a dark page too, outside pyplot's state."
-    fig = _Picture(figsize=size, facecolor='white', layout='constrained')
+    from matplotlib.figure import Figure     # takes a second, and a training draws nothing
+    fig = Figure(figsize=size, facecolor='white', layout='constrained')
+    fig._repr_png_ = functools.partial(_png, fig)
     return fig, fig.subplots(rows, cols, **kw)
 
 # %% ../nbs/engine/report.ipynb #9d1f0a18
@@ -565,6 +564,7 @@ def draw_kesi(report: dict, # of a run with the variants `one-cycle` and `kesi`
 # %% ../nbs/engine/report.ipynb #90a22638
 def _save(fig, path):
     "A figure as PNG and SVG, the same bytes each time."
+    import matplotlib
     fixed = {'png': {'Software': None}, 'svg': {'Date': None}}
     with matplotlib.rc_context({'svg.hashsalt': 'kesi', 'svg.fonttype': 'path'}):
         for kind, metadata in fixed.items():

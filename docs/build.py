@@ -58,7 +58,7 @@ def _page(path):
     if path.suffix in PICTURES: return path.read_bytes()
     if path.suffix == '.md': return _outside(path.read_text(encoding='utf-8'), path)
     if path.suffix != '.ipynb': return None
-    nb = read(path.read_text(encoding='utf-8'))
+    nb = read(path.read_text(encoding='utf-8'), used=path.parent.name == 'use')
     for cell in nb.cells:
         if cell.cell_type == 'markdown': cell.source = _outside(cell.source, path)
     if path == NBS/'index.ipynb':

@@ -6,7 +6,7 @@ _DIRECTIVE = re.compile(r'#\|\s*([\w-]+)\s*:?\s*(.*)')
 _WIDGET = 'application/vnd.jupyter.widget-view+json'
 _NO_KERNEL = '*The sliders appear here when this notebook runs in JupyterLab: `make lab`.*'
 _MINUS = '\N{MINUS SIGN}'
-_TOGETHER = '\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}'
+_SPACE = '\N{NO-BREAK SPACE}'
 
 def directives(source: str,  # source of a code cell
               ) -> tuple[dict, str]: # directive → its value, and the source without them
@@ -26,11 +26,17 @@ _CODE = re.compile(r'(^```.*?^```|`[^`\n]+`|\$[^$\n]+\$)', re.M | re.S)
 # -0.32, (-3), | -3 |, but not "ResNet-18 and -34"
 _NEGATIVE = re.compile(r'(?<![\w.)\]/#-])-(?=\d*\.\d)|(?<=\()-(?=\d)|(?<=\| )-(?=\d)')
 
+# "93.34 ± 0.05" and "−0.32 to +1.93" stay on one line; "95%" is written as in the text
+_TOGETHER = re.compile(r'(?<=\d) (±|to) (?=[+−]?[\d.])')
+_PERCENT = re.compile(r'(?<=\d)%(?![\dA-F])')
+
 def typeset(markdown: str) -> str:
-    "Computed text as a printer sets it: real minus signs, \"93.34 ± 0.05\" on one line."
+    "Computed text as a printer sets it: minus signs, percents, what belongs on one line."
     parts = _CODE.split(markdown)
     for i in range(0, len(parts), 2):
-        parts[i] = _NEGATIVE.sub(_MINUS, parts[i]).replace(' ± ', _TOGETHER)
+        signed = _NEGATIVE.sub(_MINUS, parts[i])
+        together = _TOGETHER.sub(rf'{_SPACE}\1{_SPACE}', signed)
+        parts[i] = _PERCENT.sub(f'{_SPACE}%', together)
     return ''.join(parts)
 
 def _set(output):
@@ -43,18 +49,30 @@ def _named(cell): # what a fold without a name of its own hides
     texts = ''.join(d.get('text/markdown', '') for d in shown)
     if any('image/png' in d for d in shown): return 'How the figure is drawn'
     if '|---' in texts.replace(' ', ''): return 'How the table is made'
-    return 'How this is computed' if texts else 'Code'
+    if texts: return 'How this is computed'
+    defined = re.findall(r'^(?:def|class) (\w+)', cell.source, re.M)
+    public = [name for name in defined if not name.startswith('_')]
+    if not defined: return 'Imports' if cell.source.startswith(('import ', 'from ')) else 'Code'
+    return ', '.join(public) or 'Helpers'
 
-def _fold(cell, said): # directives → what MyST-NB knows
+def _is_machinery(cell, said): # code of the package that no reader needs who only uses it
+    lines = [line for line in cell.source.split('\n') if line.strip()]
+    public = re.search(r'^(def|class) [^_]', cell.source, re.M)
+    return 'export' in said and (not public or len(lines) > 15)
+
+def _fold(cell, said, used): # directives → what MyST-NB knows
     if said.get('echo') == 'false' or 'hide_input' in said: cell.metadata['tags'] = ['remove-input']
-    if said.get('code-fold') != 'true': return
+    fold = said.get('code-fold')
+    if fold != 'true' and not (used and fold is None and _is_machinery(cell, said)): return
     name = said.get('code-summary') or _named(cell)
     cell.metadata['tags'] = ['hide-cell' if name.startswith('Solution') else 'hide-input']
     cell.metadata['mystnb'] = {'code_prompt_show': name, 'code_prompt_hide': name}
 
 def _is_hidden(said): return {'hide', 'default_exp'} & said.keys() or said.get('include') == 'false'
 
-def read(text: str): # content of an .ipynb file → notebook
+def read(text: str,          # content of an .ipynb file
+         used: bool = False, # a page for those who use the package: its machinery is folded
+        ):                   # the notebook
     "A notebook without hidden cells and without directives."
     nb, cells = nbformat.reads(text, 4), []
     for cell in nb.cells:
@@ -62,7 +80,7 @@ def read(text: str): # content of an .ipynb file → notebook
             said, cell.source = directives(cell.source)
             if _is_hidden(said) or not cell.source: continue
             cell.outputs = [_set(_still(o)) for o in cell.get('outputs', [])]
-            _fold(cell, said)
+            _fold(cell, said, used)
         cells.append(cell)
     nb.cells = cells
     nb.metadata['language_info'] = {'name': 'python', 'pygments_lexer': 'ipython3'}

@@ -196,7 +196,7 @@ class _Walk(_Forest):
         "Note entries of one side of a node; what is new, to be followed."
         fresh = self.note(node, side, pairs)
         new = [(node, side, fresh)] if fresh else []
-        for other, whole in _blocks(self.graph, node, side, fresh):
+        for other, whole in _blocks(self, node, side, fresh):
             if rest := self.note(node, other, whole): new.append((node, other, rest))
         return new
 
@@ -237,16 +237,17 @@ def _blocks_of(m) -> int:
     if isinstance(m, nn.GroupNorm): return m.num_groups
     return m.groups if isinstance(m, nn.modules.conv._ConvNd) else 1
 
-def _blocks(graph, node, side, fresh):
+def _blocks(walk, node, side, fresh):
     "Of a grouped layer whole blocks go: all entries, on each side, of the blocks that were met."
     several = _blocks_of(node.module)
     if several < 2 or not fresh: return
-    pruner = graph.get_pruner_of_module(node.module)
+    pruner = walk.graph.get_pruner_of_module(node.module)
     sides = dict.fromkeys((pruner.prune_out_channels, pruner.prune_in_channels))
-    size = {s: _channels(graph, node, s) // several for s in sides}
-    met = {(p.idx // size[side], p.root_idx): p for p in fresh}
+    size, met = {s: _channels(walk.graph, node, s) // several for s in sides}, {}
+    for p in fresh:                                            # what meets in a block goes together
+        walk.join(p.root_idx, met.setdefault(p.idx // size[side], p).root_idx)
     for s in sides:
-        yield s, [p._replace(idx=i) for (b, _), p in met.items()
+        yield s, [p._replace(idx=i) for b, p in met.items()
                   for i in range(b * size[s], (b + 1) * size[s])]
 
 # %% ../nbs/use/any_network.ipynb #e20a0004
@@ -964,6 +965,7 @@ from .data import Dataset, hold_out
 from .macs import count
 from .paper import Recipe
 from .pipeline import Distill, Numerics, Prune, Retrain, Stage, chains, trainings
+from .pruning import cost_of
 from .runtime import Diverged, Runtime, auto, derive_seed, digest, write_json
 from .store import Progress, Store, stages_of
 from .training import answers, evaluate, fit, loaders
@@ -1484,6 +1486,12 @@ def _reachable(r) -> float:
         return False
     return max(0, smallest(fails, 1024) - 1) / 64
 
+def _counting(kind, spec, shape):
+    "A function: widths → what is counted; None where a clock decides."
+    if kind in ('macs', 'params'): return cost_of(spec, shape[1], kind)
+    def weigh(widths): return _bytes(models.build(dataclasses.replace(spec, widths=widths), 0))
+    return weigh if kind == 'bytes' else None
+
 def _recipe_rates(at, most, share, goal):
     "The mildest rates that meet a goal; layers that can be spared the last step are spared it."
     n = smallest(lambda k: share(at(most * k / 1024)) <= goal, 1024)
@@ -1506,17 +1514,17 @@ def with_target(r: Recipe, # of a network of ours, which prunes filters
     if goal.kind == 'accuracy_drop':
         raise UserError('accuracy_drop is decided while pruning, by kesi.compress with valid=; '
                         f'a recipe takes {", ".join(MEASURES)}')
-    def network(rates):
-        widths = dataclasses.replace(r, rates=rates).widths(r.iterations)
-        return models.build(models.Spec(r.arch, widths, classes, shape[0]), 0)
-    def at(times): return _rates_at(r, times)
-    net, most, measure = network((0.,) * len(r.pruning)), _reachable(r), MEASURES[goal.kind][1]
-    whole = measure and measure(net, shape)
+    spec = models.Spec(r.arch, None, classes, shape[0])
+    net, most, measure = models.build(spec, 0), _reachable(r), _counting(goal.kind, spec, shape)
+    whole = measure and measure(net.spec.widths)
     wanted = _goal_of(goal, net, shape, whole)
+    def at(times): return _rates_at(r, times)
     @functools.cache
     def share(rates):
-        if measure: return measure(network(rates), shape) / whole
-        return _time_share(net, network(rates), shape)[0]
+        widths = dataclasses.replace(r, rates=rates).widths(r.iterations)
+        if measure: return measure(widths) / whole
+        narrow = models.build(dataclasses.replace(spec, widths=widths), 0)
+        return _time_share(net, narrow, shape)[0]
     if (least := share(at(most))) > wanted:
         raise UserError(f'{goal.text} cannot be reached in {r.iterations} prunings: '
                         f'{least:.0%} remain at least')
@@ -2134,6 +2142,7 @@ def _planned(net, data, r, rates, target, multiple, streams, by, across, at_once
     return cuts
 
 # %% ../nbs/use/compress.ipynb #6f54b503
+#| code-fold: false
 def compress(net: nn.Module,          # trained: images → logits; or what `compress` returned; stays
              train, # (images, labels), Dataset, DataLoader, or a kesi.data.Dataset
              test=None,               # the same; not needed with a kesi.data.Dataset

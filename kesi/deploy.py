@@ -130,8 +130,8 @@ def agree(net,               # a network
                             f'{tuple(want.shape)}')
         worst = max(worst, ((got - want).abs().max() / want.abs().max().clamp_min(1e-6)).item())
     if worst <= tolerance: return worst
-    raise KesiError(f'the ONNX file does not answer like torch: they differ by {worst:.1e} of the '
-                    f'largest logit, allowed are {tolerance:.0e}')
+    raise KesiError('the ONNX file does not answer like torch: they differ by '
+                    f'{worst:.2g} × the largest logit, allowed are {tolerance:.0e}')
 
 def export(net,             # one of ours, what `compress` returned, or any other network
            path,            # file to write, e.g. `model.onnx`

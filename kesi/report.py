@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'LABELS', 'CLAIMS', 'ENOUGH', 'COLORS', 'summary', 'paired', 'provenance', 'collect', 'markdown_table',
-           'table', 'differences', 'apart', 'nearest', 'beside_paper', 'figure', 'plot_run', 'plot_tradeoff',
-           'plot_seeds', 'draw_kesi', 'to_markdown', 'write', 'homes']
+           'table', 'differences', 'apart', 'nearest', 'in_words', 'beside_paper', 'figure', 'plot_run',
+           'plot_tradeoff', 'plot_seeds', 'draw_kesi', 'to_markdown', 'write', 'homes']
 
 # %% ../nbs/engine/report.ipynb #2fbd7abf
 import dataclasses, functools, json, math, subprocess
@@ -264,6 +264,15 @@ def nearest(reports,   # reports, and results of studies, which are left out
         if row not in found or _nearness(report) > _nearness(found[row]): found[row] = report
     return found
 
+# %% ../nbs/engine/report.ipynb #5d1e0da7
+_DATA = {'digits': 'Digits', 'fashion_mnist': 'Fashion-MNIST', 'cifar10': 'CIFAR-10',
+         'cifar100': 'CIFAR-100', 'tiny_imagenet': 'Tiny-ImageNet'}
+
+def in_words(data: str) -> str: # a dataset's name in a recipe
+    "What a reader calls it: `fashion_mnist@10000` is Fashion-MNIST, 10,000 images."
+    whole, _, part = data.partition('@')
+    return _DATA.get(whole, whole) + (f', {int(part):,} images' if part else '')
+
 # %% ../nbs/engine/report.ipynb #9d1f0a16
 def _ours(report, columns):
     "Our cells below a line of the paper."
@@ -296,7 +305,7 @@ def beside_paper(data: str, # a dataset of the paper
         rows.append(_ours(report, columns) if report else ['', '', command, *[''] * len(columns)])
     head = ['network', 'pruned', '', 'baseline', 'small rate', 'one-cycle', 'KESI']
     done = sum(pair in found for pair in pairs)     # what was run may also have no line there
-    return f'{_how_many(done, len(pairs), data)}\n\n{markdown_table(head, rows)}'
+    return f'{_how_many(done, len(pairs), in_words(data))}\n\n{markdown_table(head, rows)}'
 
 # %% ../nbs/engine/report.ipynb #7cb595f5
 COLORS = {'baseline': '#6b6b6b', 'pfec': '#d1495b', 'one-cycle': '#3b6fb6',

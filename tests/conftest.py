@@ -7,6 +7,12 @@ def _as_it_was(monkeypatch):
     for module, names in ((pipeline, ('load',)), (report, ('_save', 'plot_run', 'plot_tradeoff'))):
         for n in names: monkeypatch.setattr(module, n, getattr(module, n))
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    "Drawing takes longer than the runs of many tests; those that look at pictures go without this."
+    for name in ('plot_run', 'plot_tradeoff'): monkeypatch.setattr(report, name, lambda r: None)
+    monkeypatch.setattr(report, '_save', lambda figure, path: None)
+
 @pytest.fixture(scope='session')
 def tiny(tmp_path_factory):
     "A finished, never disturbed tiny run: its folder and its content."

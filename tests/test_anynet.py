@@ -19,6 +19,7 @@ from kesi.runtime import DamagedFile, Diverged, Runtime
 from kesi.training import Training, fit
 
 pytest.importorskip('torch_pruning')
+pytestmark = pytest.mark.usefixtures('no_pictures')
 RT = Runtime(channels_last=False, threads=1)
 
 def params_of(net): return sum(p.numel() for p in net.parameters())

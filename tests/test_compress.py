@@ -11,6 +11,7 @@ from kesi.paper import UserError
 from kesi.runtime import Diverged, Runtime
 
 pytest.importorskip('torch_pruning')
+pytestmark = pytest.mark.usefixtures('no_pictures')
 RT = Runtime(channels_last=False, threads=1)
 
 def conv(n_in, n_out): return nn.Conv2d(n_in, n_out, 3, padding=1)

@@ -614,7 +614,7 @@ def test_what_a_run_imports_is_light():
     done = subprocess.run([sys.executable, '-c', LIGHT], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == '[]'
 
-def test_a_held_out_part_through_the_command(tmp_path, capsys):
+def test_a_held_out_part_through_the_command(tmp_path, capsys, no_pictures):
     import safetensors.torch
     run = '--set valid=0.2 --set iterations=1 --seeds 1 --budget .01 --threads 1'.split()
     out = tmp_path/'runs'

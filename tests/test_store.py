@@ -11,11 +11,9 @@ TWO = replace(drive.TINY, seeds=2)
 
 
 @pytest.fixture(autouse=True)
-def blobs(monkeypatch):
+def blobs(monkeypatch, no_pictures):
     "Small images, and no pictures."
     monkeypatch.setattr(pipeline, 'load', lambda name, root=None: drive.blobs())
-    for n in ('plot_run', 'plot_tradeoff'): monkeypatch.setattr(report, n, lambda r: None)
-    monkeypatch.setattr(report, '_save', lambda fig, path: None)
 
 
 def unused(out):

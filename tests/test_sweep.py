@@ -10,10 +10,8 @@ RT = Runtime(threads=1)
 QUICK = ('iterations=1', 'epochs=2', 'retrain_epochs=1', 'distill_epochs=1')
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    "Equal numbers of threads everywhere; and no pictures, which take longer than such runs."
-    for n in ('plot_run', 'plot_tradeoff'): monkeypatch.setattr(report, n, lambda r: None)
-    monkeypatch.setattr(report, '_save', lambda fig, path: None)
+def one_thread(no_pictures):
+    "Equal numbers of threads everywhere."
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -807,19 +807,24 @@ def right_answers(store, g, ensembles):
         found[n] = pack((together.argmax(1) == y).numpy())
     return {'right': found, 'images': len(y)}
 
+@functools.lru_cache(maxsize=1)
+def _redrawn(seeds, images, draws):
+    "How often each image and each seed is drawn, a hundred drawings at a time."
+    rng, found = np.random.default_rng(0), []
+    for _ in range(draws // 100):
+        chosen = rng.multinomial(images, np.full(images, 1 / images), 100).astype(np.uint8)
+        found.append((chosen, rng.multinomial(seeds, np.full(seeds, 1 / seeds), 100)))
+    return found
+
 def bootstrap(a: np.ndarray, # seeds×images, which answers are right
               b: np.ndarray, # the same of what it is compared with
               draws: int = 4000,
              ) -> tuple[float, float]: # 95 % interval of the mean difference, in points
     "Other seeds and other test images: both are drawn with replacement."
-    d, rng = (a.astype(np.int8) - b.astype(np.int8)).astype(np.float32), np.random.default_rng(0)
-    seeds, images = d.shape
-    found = []
-    for _ in range(draws // 100):
-        chosen = rng.multinomial(images, np.full(images, 1 / images), 100).astype(np.float32) @ d.T
-        weight = rng.multinomial(seeds, np.full(seeds, 1 / seeds), 100)
-        found.append(100 * (chosen * weight).sum(1) / (images * seeds))
-    return tuple(np.percentile(np.concatenate(found), (2.5, 97.5)))
+    d = (a.astype(np.int8) - b.astype(np.int8)).astype(np.float32)
+    means = [100 * (chosen.astype(np.float32) @ d.T * weight).sum(1) / d.size
+             for chosen, weight in _redrawn(*d.shape, draws)]
+    return tuple(np.percentile(np.concatenate(means), (2.5, 97.5)))
 
 # %% ../nbs/engine/studies_controls.ipynb #8b541470
 LESSONS = ('labels, Adam', 'labels, SGD', 'labels, SGD, at the cost',

@@ -18,7 +18,7 @@ test-notebooks: .venv/developer
 	$(PATHS) $(ENV) $(BIN)/nbdev_test --n_workers 3 --do_print
 
 test-rest: .venv/developer
-	$(PATHS) $(ENV) $(BIN)/python -m pytest -q -n 3 --dist worksteal --durations 12 -m "not soak" tests
+	$(PATHS) $(ENV) $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 12 -m "not soak" tests
 
 soak: .venv/developer       ## the long tests: many kills, races, full disks, hundreds of bad inputs
 	$(PATHS) $(ENV) $(BIN)/python -m pytest -q -m soak tests

@@ -4,7 +4,7 @@ from pathlib import Path
 import psutil, pytest
 from kesi.paper import NETWORKS
 
-SMALL = ('digits/resnet8', '--seeds', '1', '--set', 'iterations=1', '--budget', '0.15',
+SMALL = ('digits@200/resnet8', '--seeds', '1', '--set', 'iterations=1', '--budget', '0.15',
          '--threads', '1', '--precision', 'float32')
 SOAK = pytest.mark.soak
 

@@ -58,15 +58,15 @@ def _named(cell): # what a fold without a name of its own hides
 def _is_machinery(cell, said): # code of the package that no reader needs who only uses it
     lines = [line for line in cell.source.split('\n') if line.strip()]
     public = re.search(r'^(def|class) [^_]', cell.source, re.M)
-    return 'export' in said and (not public or len(lines) > 15)
+    return 'export' in said and 'code-fold' not in said and (not public or len(lines) > 15)
 
-def _fold(cell, said, used): # directives → what MyST-NB knows
-    if said.get('echo') == 'false' or 'hide_input' in said: cell.metadata['tags'] = ['remove-input']
-    fold = said.get('code-fold')
-    if fold != 'true' and not (used and fold is None and _is_machinery(cell, said)): return
-    name = said.get('code-summary') or _named(cell)
+def _fold(cell, name): # what MyST-NB knows
     cell.metadata['tags'] = ['hide-cell' if name.startswith('Solution') else 'hide-input']
     cell.metadata['mystnb'] = {'code_prompt_show': name, 'code_prompt_hide': name}
+
+def _direct(cell, said): # directives → what MyST-NB knows
+    if said.get('echo') == 'false' or 'hide_input' in said: cell.metadata['tags'] = ['remove-input']
+    if said.get('code-fold') == 'true': _fold(cell, said.get('code-summary') or _named(cell))
 
 def _is_hidden(said): return {'hide', 'default_exp'} & said.keys() or said.get('include') == 'false'
 
@@ -74,13 +74,20 @@ def read(text: str,          # content of an .ipynb file
          used: bool = False, # a page for those who use the package: its machinery is folded
         ):                   # the notebook
     "A notebook without hidden cells and without directives."
-    nb, cells = nbformat.reads(text, 4), []
+    nb, cells, last = nbformat.reads(text, 4), [], None
     for cell in nb.cells:
+        machinery = None
         if cell.cell_type == 'code':
             said, cell.source = directives(cell.source)
             if _is_hidden(said) or not cell.source: continue
             cell.outputs = [_set(_still(o)) for o in cell.get('outputs', [])]
-            _fold(cell, said, used)
+            _direct(cell, said)
+            if used and _is_machinery(cell, said): machinery = cell
+        if machinery and last:                       # one fold for those that follow one another
+            cells.remove(last)
+            cell.source = f'{last.source}\n\n{cell.source}'
+        if machinery: _fold(cell, _named(cell))
+        last = machinery
         cells.append(cell)
     nb.cells = cells
     nb.metadata['language_info'] = {'name': 'python', 'pygments_lexer': 'ipython3'}

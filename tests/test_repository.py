@@ -39,6 +39,8 @@ def test_notebook_is_fit_to_be_read(path):
         assert not MACHINE_PATH.search(printed(o)), printed(o)
         if '<Figure size' in printed(o): assert 'image/png' in o['data'], NO_PICTURE
     assert path.stat().st_size < 1_500_000
+    ids = [c['id'] for c in nb['cells']]
+    assert len(set(ids)) == len(ids), 'two cells have one id'
     for c in code_cells(nb):
         is_folded = 'code-fold: true' in source(c)
         assert source(c).count('\n') < 45 or is_folded, source(c)[:200]

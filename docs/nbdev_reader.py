@@ -26,8 +26,8 @@ _CODE = re.compile(r'(^```.*?^```|`[^`\n]+`|\$[^$\n]+\$)', re.M | re.S)
 # -0.32, (-3), | -3 |, but not "ResNet-18 and -34"
 _NEGATIVE = re.compile(r'(?<![\w.)\]/#-])-(?=\d*\.\d)|(?<=\()-(?=\d)|(?<=\| )-(?=\d)')
 
-# "93.34 ± 0.05" and "−0.32 to +1.93" stay on one line; "95%" is written as in the text
-_TOGETHER = re.compile(r'(?<=\d) (±|to) (?=[+−]?[\d.])')
+# "93.34 ± 0.05", "−0.32 to +1.93", "n = 5" stay on one line; "95%" is written as in the text
+_TOGETHER = re.compile(r'(?<=\d) (?:±|to) (?=[+−]?[\d.])|(?<=\bn) = (?=\d)')
 _PERCENT = re.compile(r'(?<=\d)%(?![\dA-F])')
 
 def typeset(markdown: str) -> str:
@@ -35,7 +35,7 @@ def typeset(markdown: str) -> str:
     parts = _CODE.split(markdown)
     for i in range(0, len(parts), 2):
         signed = _NEGATIVE.sub(_MINUS, parts[i])
-        together = _TOGETHER.sub(rf'{_SPACE}\1{_SPACE}', signed)
+        together = _TOGETHER.sub(lambda m: m[0].replace(' ', _SPACE), signed)
         parts[i] = _PERCENT.sub(f'{_SPACE}%', together)
     return ''.join(parts)
 

@@ -26,8 +26,8 @@ _CODE = re.compile(r'(^```.*?^```|`[^`\n]+`|\$[^$\n]+\$)', re.M | re.S)
 # -0.32, (-3), | -3 |, but not "ResNet-18 and -34"
 _NEGATIVE = re.compile(r'(?<![\w.)\]/#-])-(?=\d*\.\d)|(?<=\()-(?=\d)|(?<=\| )-(?=\d)')
 
-# "93.34 ± 0.05", "−0.32 to +1.93", "n = 5" stay on one line; "95%" is written as in the text
-_TOGETHER = re.compile(r'(?<=\d) (?:±|to) (?=[+−]?[\d.])|(?<=\bn) = (?=\d)')
+# "93.3 ± 0.5", "−0.3 to +1.9", "n = 5", "40.55 M" stay on one line; "95%" is set as in the text
+_TOGETHER = re.compile(r'(?<=\d) (?:±|to) (?=[+−]?[\d.])|(?<=\bn) = (?=\d)|(?<=\d) (?=[MG]\b)')
 _PERCENT = re.compile(r'(?<=\d)%(?![\dA-F])')
 
 def typeset(markdown: str) -> str:

@@ -33,7 +33,8 @@ def test_readme_links_lead_somewhere():
     assert local and [t for t in local if not (ROOT/t).exists()] == []
 
 TYPESET = (('| -0.32 to +1.93 | -3 |', '| −0.32~to~+1.93 | −3 |'), ('(-3, n = 5)', '(−3, n~=~5)'),
-           ('1.5 ± .2, 95% of 3', '1.5~±~.2, 95~% of 3'), ('(-1 to -.5, 2%)', '(−1~to~−.5, 2~%)'))
+           ('1.5 ± .2, 95% of 3', '1.5~±~.2, 95~% of 3'), ('(-1 to -.5, 2%)', '(−1~to~−.5, 2~%)'),
+           ('| 40.55 M |', '| 40.55~M |'))
 AS_IT_IS = ('ResNet-18 and -34', '`lr=-.5` and $-1.5$', '[a](b-1.5.md#-2.5)', '1e-3, 2-3, --pad',
             '- 3 items', 'from 1 to many', '[a](b%20c1%20)', '```\n-1.5 ± 2 to 3%\n```')
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 import safetensors.torch, torch
+from fastcore.basics import patch
 from torch import nn
 from . import models, paper
 from .deploy import unwrapped
@@ -196,26 +197,28 @@ class _Walk(_Forest):
         "Note entries of one side of a node; what is new, to be followed."
         fresh = self.note(node, side, pairs)
         new = [(node, side, fresh)] if fresh else []
-        for other, whole in _blocks(self, node, side, fresh):
+        for other, whole in _blocks(self.graph, node, side, fresh):
             if rest := self.note(node, other, whole): new.append((node, other, rest))
         return new
 
-    def note(self, node, side, pairs):
-        "Note entries of one side of a node; those that are new."
-        if pairs is None: self.trouble = _UNCLEAR
-        if not pairs: return []
-        there, fresh = self.parts.setdefault((node, side), {}), []
-        n = _channels(self.graph, node, side) or self.most
-        if any(p.root_idx is None or not 0 <= p.idx < n for p in pairs) or self.total > self.most:
-            self.trouble = _UNCLEAR
-            return []
-        for p in pairs:
-            if p.idx in there: self.join(p.root_idx, there[p.idx])
-            else:
-                there[p.idx] = p.root_idx
-                fresh.append(p)
-        self.total += len(fresh)
-        return fresh
+# %% ../nbs/use/any_network.ipynb #2e8c4e88
+@patch
+def note(self: _Walk, node, side, pairs):
+    "Note entries of one side of a node; those that are new."
+    if pairs is None: self.trouble = _UNCLEAR
+    if not pairs: return []
+    there, fresh = self.parts.setdefault((node, side), {}), []
+    n = _channels(self.graph, node, side) or self.most
+    if any(p.root_idx is None or not 0 <= p.idx < n for p in pairs) or self.total > self.most:
+        self.trouble = _UNCLEAR
+        return []
+    for p in pairs:
+        if p.idx in there: self.join(p.root_idx, there[p.idx])
+        else:
+            there[p.idx] = p.root_idx
+            fresh.append(p)
+    self.total += len(fresh)
+    return fresh
 
 # %% ../nbs/use/any_network.ipynb #e20a0003
 def _mapped(dep, pairs):
@@ -237,15 +240,14 @@ def _blocks_of(m) -> int:
     if isinstance(m, nn.GroupNorm): return m.num_groups
     return m.groups if isinstance(m, nn.modules.conv._ConvNd) else 1
 
-def _blocks(walk, node, side, fresh):
+def _blocks(graph, node, side, fresh):
     "Of a grouped layer whole blocks go: all entries, on each side, of the blocks that were met."
     several = _blocks_of(node.module)
     if several < 2 or not fresh: return
-    pruner = walk.graph.get_pruner_of_module(node.module)
+    pruner = graph.get_pruner_of_module(node.module)
     sides = dict.fromkeys((pruner.prune_out_channels, pruner.prune_in_channels))
-    size, met = {s: _channels(walk.graph, node, s) // several for s in sides}, {}
-    for p in fresh:                                            # what meets in a block goes together
-        walk.join(p.root_idx, met.setdefault(p.idx // size[side], p).root_idx)
+    size = {s: _channels(graph, node, s) // several for s in sides}
+    met = {p.idx // size[side]: p for p in fresh}      # one for each block; noting it joins the rest
     for s in sides:
         yield s, [p._replace(idx=i) for b, p in met.items()
                   for i in range(b * size[s], (b + 1) * size[s])]
@@ -276,22 +278,24 @@ class _Graph:
                 if self.graph.is_out_channel_pruning_fn(side): seen.add(node.module)
         return found
 
-    def parts(self, name) -> list[_Part]:
-        "What hangs on the filters of a layer; the first part are the filters themselves."
-        if name in self.hidden:
-            every = torch.arange(self.layers[name].out_features)
-            sides = ((name, 'rows'), (self.hidden[name], 'columns'))
-            return [_Part(n, side, every, every) for n, side in sides]
-        walk, found = self.walk(name), []
-        unit = torch.tensor(walk.units())
-        for (node, side), there in walk.parts.items():
-            m, out = node.module, self.graph.is_out_channel_pruning_fn(side)
-            if m not in self.name and m not in self.called: continue
-            index, filters = (torch.tensor([*t], dtype=torch.long) for t in (there, there.values()))
-            where = self.name[m] if m in self.name else self.called[m]
-            how = 'rows' if out else 'columns', index, unit[filters]
-            found.append(_Part(where, *how, node.pruning_dim))
-        return found
+# %% ../nbs/use/any_network.ipynb #c016fced
+@patch
+def parts(self: _Graph, name) -> list[_Part]:
+    "What hangs on the filters of a layer; the first part are the filters themselves."
+    if name in self.hidden:
+        every = torch.arange(self.layers[name].out_features)
+        sides = ((name, 'rows'), (self.hidden[name], 'columns'))
+        return [_Part(n, side, every, every) for n, side in sides]
+    walk, found = self.walk(name), []
+    unit = torch.tensor(walk.units())
+    for (node, side), there in walk.parts.items():
+        m, out = node.module, self.graph.is_out_channel_pruning_fn(side)
+        if m not in self.name and m not in self.called: continue
+        index, filters = (torch.tensor([*t], dtype=torch.long) for t in (there, there.values()))
+        where = self.name[m] if m in self.name else self.called[m]
+        how = 'rows' if out else 'columns', index, unit[filters]
+        found.append(_Part(where, *how, node.pruning_dim))
+    return found
 
 # %% ../nbs/use/any_network.ipynb #e20a0017
 _LAST = {}                                              # the last graph; it takes seconds to make
@@ -1488,7 +1492,7 @@ def _reachable(r) -> float:
 
 def _counting(kind, spec, shape):
     "A function: widths → what is counted; None where a clock decides."
-    if kind in ('macs', 'params'): return cost_of(spec, shape[1], kind)
+    if kind in ('macs', 'params'): return cost_of(spec, tuple(shape[1:]), kind)
     def weigh(widths): return _bytes(models.build(dataclasses.replace(spec, widths=widths), 0))
     return weigh if kind == 'bytes' else None
 

@@ -172,11 +172,12 @@ from .macs import layer_macs
 def _parts(net, size, of):
     "What each layer costs: MACs of its weight, or parameters of each tensor."
     if of == 'params': return {n: p.numel() for n, p in net.named_parameters()}
-    found = layer_macs(net, (net.spec.in_channels, size, size))
+    sides = size if isinstance(size, tuple) else (size, size)
+    found = layer_macs(net, (net.spec.in_channels, *sides))
     return {f'{layer}.weight': v for layer, v in found.items()}
 
 def cost_of(spec: Spec,    # the network before pruning
-            size: int,     # height and width of the image
+            size,          # height and width of the image; one number where they are equal
             of: str,       # `macs` or `params`
            ):              # a function: widths → exact count
     "How the cost of a network follows from its widths."

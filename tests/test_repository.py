@@ -5,7 +5,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-MACHINE_PATH = re.compile(rf'({re.escape(str(ROOT))}|/root/|/tmp/|/home/\w+/|/Users/\w+/)')
+MACHINE_PATH = re.compile(rf'({re.escape(str(ROOT))}|/(root|tmp)/|/(home|Users)/\w+/)')
 
 
 def source(cell): return ''.join(cell['source'])

@@ -44,6 +44,22 @@ def test_computed_text_is_typeset(text, wanted, monkeypatch):
     from nbdev_reader import typeset
     assert typeset(text) == wanted.replace('~', '\N{NO-BREAK SPACE}')
 
+CELLS_OF_A_PAGE = ('#| export\nimport re', '#| hide\n1', '#| export\ndef _a(): pass',
+                   '#| export\ndef small(): pass', '#| export\ndef long():\n' + '    1\n' * 16,
+                   '#| export\n#| code-fold: false\ndef open_():\n' + '    1\n' * 16)
+
+def test_machinery_is_folded_for_users(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT/'docs')
+    import nbformat
+    from nbdev_reader import read
+    cells = [nbformat.v4.new_code_cell(text) for text in CELLS_OF_A_PAGE]
+    text = nbformat.writes(nbformat.v4.new_notebook(cells=cells))
+    def folds(used):
+        found = read(text, used).cells
+        return [c.metadata.get('mystnb', {}).get('code_prompt_show') for c in found]
+    assert folds(True) == ['Helpers', None, 'long', None]       # two in one, a hidden one between
+    assert folds(False) == [None] * 5
+
 @pytest.fixture(scope='session')
 def site():
     """The built site; warnings, such as a link that leads nowhere, are errors.

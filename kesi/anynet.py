@@ -247,7 +247,7 @@ def _blocks(graph, node, side, fresh):
     pruner = graph.get_pruner_of_module(node.module)
     sides = dict.fromkeys((pruner.prune_out_channels, pruner.prune_in_channels))
     size = {s: _channels(graph, node, s) // several for s in sides}
-    met = {p.idx // size[side]: p for p in fresh}      # one for each block; noting it joins the rest
+    met = {p.idx // size[side]: p for p in fresh}      # one per block; noting it joins the rest
     for s in sides:
         yield s, [p._replace(idx=i) for b, p in met.items()
                   for i in range(b * size[s], (b + 1) * size[s])]
